@@ -1,0 +1,7 @@
+"""`python -m edgedistill` is `edgedistill`."""
+
+import sys
+
+from edgedistill.cli import main
+
+sys.exit(main())

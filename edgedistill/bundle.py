@@ -1,0 +1,274 @@
+"""The bundle: one folder with artifacts, sampler table, probes, golden tensors and their hashes."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgedistill.contract import Signature
+from edgedistill.errors import BundleError
+from edgedistill.files import inside, read_json, sha256, write_json, written_aside
+from edgedistill.table import SamplerTable, check_version
+
+MANIFEST = "edgedistill.json"
+SCHEMA_VERSION = "1.0"
+TABLE = "sampler.json"
+GOLDEN = "probes/golden.safetensors"
+CALIBRATION = "probes/calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """One network of an artifact: its path in the bundle (a file or a folder) and its signature."""
+
+    path: str
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One way to run the model: every network in one format and precision.
+
+    Fields:
+        name: Unique in the bundle, such as ``"onnx-float32"``.
+        runtime: Entry-point name of the runtime that opens it.
+        format: ``torch``, ``onnx``, ``openvino`` or ``coreml``.
+        precision: ``float32``, ``float16``, ``int8``, ``int8-weights``, ``palette6``; keys the thresholds.
+        networks: One file per network that the table calls.
+        made_with: Options and versions of the tools that wrote it.
+    """
+
+    name: str
+    runtime: str
+    format: str
+    precision: str
+    networks: Mapping[str, NetworkFile]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data, without the name."""
+        return {
+            "runtime": self.runtime,
+            "format": self.format,
+            "precision": self.precision,
+            "networks": {
+                name: {"path": net.path, "signature": net.signature.to_json()}
+                for name, net in self.networks.items()
+            },
+            "made_with": dict(self.made_with),
+        }
+
+    @classmethod
+    def from_json(cls, name: str, data: Mapping[str, Any]) -> "Artifact":
+        """Read what `to_json` wrote."""
+        networks = {
+            key: NetworkFile(item["path"], Signature.from_json(item["signature"]))
+            for key, item in data["networks"].items()
+        }
+        return cls(
+            name, data["runtime"], data["format"], data["precision"], networks, data["made_with"]
+        )
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle.
+
+    Fields:
+        root: The folder.
+        name: The model's name, for people.
+        fingerprint: SHA-256 over the student's weights and table; equal for all artifacts of one student.
+        table: The sampler.
+        artifacts: By name.
+        provenance: Where the student came from, what made it, versions.
+    """
+
+    root: Path
+    name: str
+    fingerprint: str
+    table: SamplerTable
+    artifacts: Mapping[str, Artifact]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, root: Path | str) -> "Bundle":
+        """Open a bundle whose schema and every hash hold.
+
+        Raises:
+            BundleError: If the manifest is missing, malformed or newer than this release, names a
+                file outside of the folder, or a file is missing or differs from its hash.
+        """
+        root = Path(root)
+        if not (root / MANIFEST).is_file():
+            found = "no such folder" if not root.is_dir() else f"it holds no {MANIFEST}"
+            msg = f"{root}: not a bundle: {found}; make one with `edgedistill export`."
+            raise BundleError(msg)
+        data = read_json(root / MANIFEST)
+        source = str(root / MANIFEST)
+        if not isinstance(data, dict) or data.get("format") != "edgedistill-bundle":
+            msg = f"{source}: not an edgedistill manifest."
+            raise BundleError(msg)
+        check_version(data.get("schema_version"), SCHEMA_VERSION, source)
+        try:
+            _verify(root, data["files"])
+            artifacts = {k: Artifact.from_json(k, v) for k, v in data["artifacts"].items()}
+            for artifact in artifacts.values():
+                for network in artifact.networks.values():
+                    _listed(root, network.path, data["files"])
+            return cls(
+                root,
+                data["name"],
+                data["fingerprint"],
+                SamplerTable.load(inside(root, TABLE)),
+                artifacts,
+                data["provenance"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            msg = f"{source}: malformed ({type(error).__name__}: {error}); make the bundle anew."
+            raise BundleError(msg) from error
+
+    def path(self, relative: str) -> Path:
+        """Return the path of a file in the bundle.
+
+        Raises:
+            BundleError: If it lies outside of the bundle or is missing.
+        """
+        path = inside(self.root, relative)
+        if not path.exists():
+            msg = f"{path}: no such file in the bundle."
+            raise BundleError(msg)
+        return path
+
+    def artifact(self, name: str | None = None, runtime: str | None = None) -> Artifact:
+        """Return an artifact by name, or the first one of a runtime.
+
+        Raises:
+            BundleError: If there is none, or the named one belongs to another runtime.
+        """
+        held = ", ".join(f"{a.name} ({a.runtime})" for a in self.artifacts.values()) or "nothing"
+        fitting = [
+            item
+            for item in self.artifacts.values()
+            if name in (None, item.name) and runtime in (None, item.runtime)
+        ]
+        if not fitting:
+            wanted = " ".join(
+                part
+                for part in (
+                    f"artifact {name!r}" if name else "artifact",
+                    f"for runtime {runtime!r}" if runtime else "",
+                )
+                if part
+            )
+            msg = f"{self.root}: no {wanted}; the bundle holds: {held}."
+            raise BundleError(msg)
+        return fitting[0]
+
+    def size(self, artifact: Artifact) -> int:
+        """Return the bytes of an artifact's files."""
+        return sum(_bytes(self.path(net.path)) for net in artifact.networks.values())
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A bundle being written: a folder aside, filled by a writer and then renamed into place."""
+
+    root: Path
+    artifacts: dict[str, Artifact]
+
+    def add(self, artifact: Artifact) -> None:
+        """Record an artifact whose files the writer has put under `root`."""
+        self.artifacts[artifact.name] = artifact
+
+
+def write_bundle(
+    target: Path,
+    base: Bundle,
+    fill: Callable[[Draft], None],
+    keep: Iterable[str] = (),
+) -> Bundle:
+    """Write a bundle aside, let `fill` add artifacts, and rename it into place.
+
+    Args:
+        target: Folder to make or replace; an existing one must be a bundle.
+        base: What the new bundle starts from: its table, probes, provenance.
+        fill: Puts files under ``draft.root`` and records them with ``draft.add``.
+        keep: Names of the artifacts of `base` that the new bundle keeps.
+
+    Raises:
+        BundleError: If `target` exists and is no bundle.
+    """
+    if target.exists() and not (target / MANIFEST).is_file():
+        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
+        raise BundleError(msg)
+    kept = {name: base.artifacts[name] for name in keep}
+    with written_aside(target) as aside:
+        for name in [TABLE, GOLDEN, CALIBRATION]:
+            if (base.root / name).exists():
+                _copy(base.root / name, aside / name)
+        for artifact in kept.values():
+            for network in artifact.networks.values():
+                _copy(base.path(network.path), aside / network.path)
+        draft = Draft(aside, dict(kept))
+        fill(draft)
+        write_manifest(dataclasses.replace(base, root=aside, artifacts=draft.artifacts))
+    return Bundle.open(target)
+
+
+def write_manifest(bundle: Bundle) -> None:
+    """Hash every file under the bundle's folder and write its table and manifest."""
+    bundle.table.save(bundle.root / TABLE)
+    files = {
+        path.relative_to(bundle.root).as_posix(): {
+            "sha256": sha256(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(bundle.root.rglob("*"))
+        if path.is_file() and path != bundle.root / MANIFEST
+    }
+    write_json(
+        bundle.root / MANIFEST,
+        {
+            "format": "edgedistill-bundle",
+            "schema_version": SCHEMA_VERSION,
+            "name": bundle.name,
+            "fingerprint": bundle.fingerprint,
+            "provenance": dict(bundle.provenance),
+            "artifacts": {name: item.to_json() for name, item in bundle.artifacts.items()},
+            "files": files,
+        },
+    )
+
+
+def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, expected in files.items():
+        path = inside(root, name)
+        if not path.is_file():
+            msg = f"{path}: missing; the manifest lists it, get the bundle anew."
+            raise BundleError(msg)
+        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+            msg = f"{path}: damaged: its SHA-256 is not the manifest's; get the bundle anew."
+            raise BundleError(msg)
+
+
+def _listed(root: Path, path: str, files: Mapping[str, Any]) -> None:
+    inside(root, path)
+    if not any(name == path or name.startswith(path.rstrip("/") + "/") for name in files):
+        msg = f"{root / path}: an artifact names it, but the manifest holds no hash of it; get the bundle anew."
+        raise BundleError(msg)
+
+
+def _bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy2(source, target)

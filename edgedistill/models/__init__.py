@@ -1,0 +1,1 @@
+"""Networks: the UNets, how they are stored, cut smaller, and seen as denoisers. Needs torch."""

@@ -1,0 +1,137 @@
+"""Networks on disk: a diffusers folder of config.json and safetensors, read without pickle."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from edgedistill.contract import BATCH, Signature, TensorSpec
+from edgedistill.errors import BundleError
+from edgedistill.files import read_json, write_json
+from edgedistill.models.unet import GuidedUNet2DModel, build_stock
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def _guided(config: dict[str, Any]) -> nn.Module:
+    return GuidedUNet2DModel(build_stock(config), config["time_cond_proj_dim"])
+
+
+BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
+    "UNet2DModel": build_stock,
+    "GuidedUNet2DModel": _guided,
+}
+
+
+def build(config: Mapping[str, Any], source: str = "config") -> nn.Module:
+    """Build an untrained network from its configuration.
+
+    Raises:
+        BundleError: If `_class_name` is not one that this release knows.
+    """
+    kind = config.get("_class_name")
+    if kind not in BUILDERS:
+        msg = f"{source}: `_class_name` {kind!r} is not known; this release reads {', '.join(BUILDERS)}."
+        raise BundleError(msg)
+    return BUILDERS[kind](dict(config))
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a network for inference: float32, eval mode, no gradients.
+
+    Raises:
+        BundleError: If a file is missing, damaged, not safetensors, does not fit the configuration,
+            or holds NaN or infinity.
+    """
+    network = build(read_json(folder / "config.json"), str(folder / "config.json"))
+    state = load_weights(folder / WEIGHTS)
+    expected = network.state_dict()
+    wrong = sorted(set(expected) ^ set(state)) or [
+        name for name, value in state.items() if value.shape != expected[name].shape
+    ]
+    if wrong:
+        msg = f"{folder / WEIGHTS}: does not fit config.json at {', '.join(wrong[:3])}; the two belong to different networks."
+        raise BundleError(msg)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(requires_grad=False)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file as float32 (integers as they are).
+
+    Raises:
+        BundleError: If the file is missing, damaged, a pickle, or holds NaN or infinity.
+    """
+    if not path.is_file():
+        others = sorted(path.parent.glob("*.bin")) + sorted(path.parent.glob("*.pt*"))
+        hint = (
+            f" {others[0].name} is a pickle, which can run code when it is read: convert it to safetensors first."
+            if others
+            else ""
+        )
+        msg = f"{path}: no such file.{hint}"
+        raise BundleError(msg)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        msg = f"{path}: not a whole safetensors file ({error}); only safetensors is read, never pickle."
+        raise BundleError(msg) from error
+    state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            msg = f"{path}: `{name}` holds NaN or infinity; the checkpoint is broken, take an earlier one."
+            raise BundleError(msg)
+    return state
+
+
+def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write config.json and safetensors; a stock network's folder opens in diffusers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in config_of(network).items() if key != "_name_or_path"}
+    config["_class_name"] = type(network).__name__
+    write_json(folder / "config.json", config)
+    state = {
+        name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+        for name, value in network.state_dict().items()
+    }
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def config_of(network: nn.Module) -> dict[str, Any]:
+    """Return a network's configuration as a plain dictionary."""
+    config: Any = network.config
+    return dict(config)
+
+
+def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Call a network by input names and return its raw prediction as a plain tensor."""
+    made = (
+        network(**inputs, return_dict=False)
+        if isinstance(network, UNet2DModel)
+        else network(**inputs)
+    )
+    return made[0] if isinstance(made, tuple) else made
+
+
+def signature(network: nn.Module) -> Signature:
+    """Return what a network takes and gives, with a free batch."""
+    config = config_of(network)
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    inputs = [
+        TensorSpec("sample", (BATCH, config["in_channels"], height, width), "float32", "x"),
+        TensorSpec("timestep", (BATCH,), "float32", "t"),
+    ]
+    if config.get("num_class_embeds"):
+        inputs.append(TensorSpec("class_labels", (BATCH,), "int32", "class"))
+    if config.get("time_cond_proj_dim"):
+        inputs.append(TensorSpec("w", (BATCH,), "float32", "w"))
+    output = TensorSpec(
+        "out_sample", (BATCH, config["out_channels"], height, width), "float32", "raw"
+    )
+    return Signature(tuple(inputs), (output,))

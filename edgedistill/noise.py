@@ -1,0 +1,47 @@
+"""The noise bank: drawn once from a seed per sample, so that every runtime sees the same bits."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from edgedistill.errors import ConfigError
+from edgedistill.table import SamplerTable
+
+Bank = list[np.ndarray]
+
+
+def noise_bank(table: SamplerTable, seeds: Sequence[int]) -> Bank:
+    """Draw unit Gaussian noise for every entry of a table's bank.
+
+    Sample i of each entry comes from ``numpy.random.Philox(key=seeds[i])`` alone, entry after entry, so that
+    neither the batch size nor the other samples change it.
+
+    Args:
+        table: Gives the number of entries and the shape of each.
+        seeds: One non-negative integer per sample.
+
+    Returns:
+        `table.noise_count` float32 arrays of shape (len(seeds), channels, height, width).
+
+    Raises:
+        ConfigError: If there are no seeds or one of them is negative.
+    """
+    if not seeds or min(seeds) < 0:
+        msg = f"Seeds must be one or more non-negative integers, got {list(seeds)[:4]}."
+        raise ConfigError(msg)
+    shapes = bank_shapes(table)
+    generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]
+    return [
+        np.stack([generator.standard_normal(shape, dtype=np.float32) for generator in generators])
+        for shape in shapes
+    ]
+
+
+def bank_shapes(table: SamplerTable) -> list[tuple[int, int, int]]:
+    """Return the shape (channels, height, width) of every entry of the bank."""
+    shapes: list[tuple[int, int, int]] = [table.stages[0].shape] * table.noise_count
+    for stage in table.stages:
+        for position in [stage.init_noise[1], *(row.noise for row in stage.rows)]:
+            if position is not None:
+                shapes[position] = stage.shape
+    return shapes

@@ -1,0 +1,1 @@
+"""Bundle to smaller bundle: NNCF and Core ML compression."""

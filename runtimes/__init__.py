@@ -1,0 +1,1 @@
+"""Bundle to samples: one session per runtime, and parity between them."""
