@@ -92,9 +92,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and safetensors; a stock network's folder opens in diffusers."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {key: value for key, value in config_of(network).items() if key != "_name_or_path"}
-    config["_class_name"] = type(network).__name__
-    write_json(folder / "config.json", config)
+    config = {key: value for key, value in config_of(network).items() if not key.startswith("_")}
+    write_json(folder / "config.json", {"_class_name": type(network).__name__, **config})
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in network.state_dict().items()
