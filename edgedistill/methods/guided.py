@@ -1,0 +1,274 @@
+"""Guided distillation: fold guidance into one call, then halve the steps (Meng et al., arXiv:2210.03142).
+
+Stage 1 (section 3.1) trains a student with the guidance weight w as an input to reproduce the guided
+teacher's two calls in one. Stage 2 (section 3.2) is progressive distillation (Salimans and Ho,
+arXiv:2202.00512) of that student with w kept as an input: the student of every phase makes one step where
+the one before made two.
+
+Left open by the paper and chosen here: the weighting of stage 1 is a setting; w is drawn per example;
+every phase starts from the weights of the one before.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from edgedistill.errors import ConfigError
+from edgedistill.methods.losses import Weighting, weighted_mse
+from edgedistill.methods.plan import (
+    Emission,
+    Losses,
+    OptimizerSettings,
+    Phase,
+    Plan,
+    Role,
+    Step,
+    Update,
+)
+from edgedistill.methods.states import noised_data
+from edgedistill.methods.targets import cfg_combine, progressive_target
+from edgedistill.models.denoiser import Denoiser
+from edgedistill.rows import ddim_row, jump_and_noise_row
+from edgedistill.schedule import Schedule
+from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+
+END = -1
+
+
+@dataclass(frozen=True)
+class PhaseSettings:
+    """Length, loss weighting and optimizer of one kind of phase."""
+
+    iterations: int
+    weighting: Weighting
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            msg = f"`iterations` must be at least 1, got {self.iterations}."
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True)
+class GuidedSettings:
+    """Settings of guided distillation.
+
+    Fields:
+        guidance_scale: Range of g = 1 + w that the student is trained for.
+        default_guidance_scale: What the sampler table uses when the caller does not choose.
+        start_steps: Steps of the folded student that stage 2 halves first; a power of two times each
+            entry of `steps`.
+        steps: Numbers of sampler rows to write students for; all are halvings of `start_steps`.
+        sampler: ``deterministic`` (DDIM rows), or ``stochastic`` (jump by two grid steps, noise back
+            by one), which also trains the last halving on the odd grid points.
+        fold, halve: Stage 1, and each phase of stage 2.
+        ema: Rate of a moving average of the student, or None (the reference uses none).
+    """
+
+    guidance_scale: tuple[float, float] = (1.0, 3.0)
+    default_guidance_scale: float = 1.5
+    start_steps: int = 16
+    steps: tuple[int, ...] = (4,)
+    sampler: Literal["deterministic", "stochastic"] = "deterministic"
+    fold: PhaseSettings = field(
+        default_factory=lambda: PhaseSettings(
+            8000, "snr_plus_one", OptimizerSettings("adamw", decay="constant")
+        )
+    )
+    halve: PhaseSettings = field(default_factory=lambda: PhaseSettings(50000, "truncated_snr"))
+    ema: float | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_scale
+        if not 1.0 <= low <= self.default_guidance_scale <= high:
+            msg = (
+                "`guidance_scale` must be [low, high] with 1 <= low <= `default_guidance_scale` <= high, "
+                f"got {[low, high]} and {self.default_guidance_scale}."
+            )
+            raise ConfigError(msg)
+        halvings = {self.start_steps >> k for k in range(self.start_steps.bit_length())}
+        grids = {self.jumps(rows) for rows in self.steps}
+        if not self.steps or not grids <= halvings or self.start_steps % min(grids, default=1):
+            msg = f"`steps` must be halvings of `start_steps` {self.start_steps}, got {list(self.steps)}."
+            raise ConfigError(msg)
+        if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] < 2):
+            msg = f"The stochastic sampler trains one student of two or more steps, got {list(self.steps)}."
+            raise ConfigError(msg)
+
+    def jumps(self, rows: int) -> int:
+        """Number of equal jumps from noise to data that the student of `rows` rows is trained for."""
+        return rows // 2 if self.sampler == "stochastic" else rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the tables are for.
+
+    Fields:
+        scheduler: The teacher's scheduler configuration.
+        shape: (channels, height, width) of the state.
+        conditions: What the teacher is conditioned on.
+    """
+
+    scheduler: Mapping[str, Any]
+    shape: tuple[int, int, int]
+    conditions: tuple[Condition, ...]
+
+
+def plan(
+    settings: GuidedSettings,
+    teacher: Denoiser,
+    student: Denoiser,
+    previous: Denoiser,
+    target: Target,
+) -> Plan:
+    """Lay out both stages.
+
+    Args:
+        settings: What to do.
+        teacher: Frozen; takes no guidance input.
+        student: Takes the guidance input; starts from the teacher's weights.
+        previous: Same architecture as the student: the teacher of each halving.
+        target: What the tables are for.
+    """
+    sketch = _Sketch(settings, student.schedule, student.prediction_type.value, target)
+    fold = Phase(
+        "fold",
+        settings.fold.iterations,
+        (Update("student", ("student",), _fold_loss(settings), settings.fold.optimizer),),
+        preview=sketch.table(settings.start_steps),
+    )
+    jumps = [settings.jumps(rows) for rows in sorted(settings.steps, reverse=True)]
+    phases, count = [fold], settings.start_steps
+    while count > jumps[-1]:
+        count //= 2
+        rows = settings.steps[0] if settings.sampler == "stochastic" else count
+        odd = settings.sampler == "stochastic" and count == jumps[-1]
+        loss = _halve_loss(settings, student.schedule, count, odd=odd)
+        table = sketch.table(rows) if count in jumps else sketch.deterministic(count)
+        phases.append(
+            Phase(
+                f"halve to {count}",
+                settings.halve.iterations,
+                (Update("student", ("student",), loss, settings.halve.optimizer),),
+                copies=(("student", "previous"),),
+                preview=table,
+                emits=Emission(f"{rows}-step", table) if count in jumps else None,
+            )
+        )
+    roles = (
+        Role("teacher", teacher),
+        Role("student", student, trained=True, saved=True, ema=settings.ema),
+        Role("previous", previous, saved=True),
+    )
+    return Plan(roles, tuple(phases))
+
+
+def _draw_w(settings: GuidedSettings, step: Step) -> Tensor:
+    low, high = settings.guidance_scale
+    return step.draw.uniform(low - 1.0, high - 1.0)
+
+
+def _fold_loss(settings: GuidedSettings) -> Any:
+    def loss(step: Step) -> Losses:
+        """Match the guided teacher at any time and any w (section 3.1, Eq. 3)."""
+        teacher, student = step.roles["teacher"], step.roles["student"]
+        w = _draw_w(settings, step)
+        t = step.draw.integers(0, teacher.schedule.num_train_timesteps)
+        z = noised_data(teacher, step.batch, t, step.draw)
+        with torch.no_grad():
+            target = cfg_combine(
+                teacher.x0(z, t, step.batch.conditions), teacher.x0(z, t, step.batch.null), w
+            )
+        x0 = student.x0(z, t, {**step.batch.conditions, "w": w})
+        return Losses({"fold": weighted_mse(student, x0, target, t, settings.fold.weighting)})
+
+    return loss
+
+
+def _halve_loss(settings: GuidedSettings, schedule: Schedule, count: int, *, odd: bool) -> Any:
+    grid = time_grid(schedule, 2 * count)
+
+    def loss(step: Step) -> Losses:
+        """Make one step where the previous student makes two (section 3.2)."""
+        student, previous = step.roles["student"], step.roles["previous"]
+        w = _draw_w(settings, step)
+        conditions = {**step.batch.conditions, "w": w}
+        points = grid.to(w.device)
+        # Position k of the grid is time k / (2 count); position 0 is the end.
+        k = step.draw.integers(1, 2 * count + 1) if odd else 2 * step.draw.integers(1, count + 1)
+        u, m, s = points[k], points[k - 1], points[(k - 2).clamp(min=0)]
+        z = noised_data(student, step.batch, u, step.draw)
+        target = progressive_target(
+            student, lambda state, time: previous.x0(state, time, conditions), z, u, m, s
+        )
+        x0 = student.x0(z, u, conditions)
+        return Losses({"halve": weighted_mse(student, x0, target, u, settings.halve.weighting)})
+
+    return loss
+
+
+def time_grid(schedule: Schedule, count: int) -> Tensor:
+    """Return the labels of times 0, 1/count, ..., 1: -1 first, then diffusers' trailing grid ascending."""
+    return torch.tensor([END, *reversed(schedule.timesteps(count, "trailing"))])
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """Builds the tables that the students are trained for."""
+
+    settings: GuidedSettings
+    schedule: Schedule
+    prediction_type: str
+    target: Target
+
+    def table(self, rows: int) -> SamplerTable:
+        if self.settings.sampler == "stochastic":
+            return self.stochastic(rows)
+        return self.deterministic(rows)
+
+    def deterministic(self, count: int) -> SamplerTable:
+        """N DDIM rows on the trailing grid; the last one returns x0."""
+        grid = time_grid(self.schedule, count).tolist()
+        rows = tuple(
+            ddim_row(self.schedule, grid[k], grid[k - 1], self.prediction_type)
+            for k in range(count, 0, -1)
+        )
+        return self._wrap(rows, 1)
+
+    def stochastic(self, count: int) -> SamplerTable:
+        """N rows that jump by 2/N and noise back by 1/N; the last one returns x0 (section 3.3)."""
+        grid = time_grid(self.schedule, count).tolist()
+        rows = [
+            jump_and_noise_row(
+                self.schedule, grid[k], grid[k - 2], grid[k - 1], self.prediction_type, noise=index
+            )
+            for index, k in enumerate(range(count, 1, -1), start=1)
+        ]
+        rows.append(ddim_row(self.schedule, grid[1], END, self.prediction_type))
+        return self._wrap(tuple(rows), count)
+
+    def _wrap(self, rows: tuple[Row, ...], noise_count: int) -> SamplerTable:
+        settings = self.settings
+        return SamplerTable(
+            stages=(Stage(self.target.shape, rows),),
+            noise_count=noise_count,
+            guidance=Guidance(
+                "embedded", "w", settings.default_guidance_scale, settings.guidance_scale
+            ),
+            conditions=self.target.conditions,
+            clamp=(-1.0, 1.0),
+            annotations=self._annotations(len(rows)),
+        )
+
+    def _annotations(self, rows: int) -> Mapping[str, Any]:
+        return {
+            "method": "guided",
+            "sampler": self.settings.sampler,
+            "scheduler": dict(self.target.scheduler),
+            "prediction_type": self.prediction_type,
+            "num_steps": rows,
+        }

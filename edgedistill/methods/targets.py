@@ -1,0 +1,76 @@
+"""Target functions: pure, without gradients, and what the closed-form tests hit."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from edgedistill.models.denoiser import Denoiser
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def cfg_combine(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
+    """Return ``(1 + w) * conditional - w * unconditional``.
+
+    Valid on raw, x0 and eps alike (same timestep, no clipping in between).
+
+    Args:
+        conditional, unconditional: (batch, channels, height, width) predictions.
+        w: (batch,) Meng's weight, ``guidance_scale - 1``; 0 is conditional, -1 unconditional.
+
+    References:
+        Meng et al., arXiv:2210.03142, section 3.1.
+    """
+    weight = w[:, None, None, None]
+    return (1 + weight) * conditional - weight * unconditional
+
+
+def ddim_step(denoiser: Denoiser, z: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Move the state from t to s along the deterministic DDIM path of an x0 estimate.
+
+    Args:
+        denoiser: Gives alpha and sigma.
+        z, x0: State at t and the estimate made there.
+        t, s: (batch,) timesteps; s may be -1, the end.
+
+    References:
+        Song et al., arXiv:2010.02502, Eq. 12 with eta = 0.
+    """
+    alpha_t, sigma_t = denoiser.alpha_sigma(t)
+    alpha_s, sigma_s = denoiser.alpha_sigma(s)
+    return (sigma_s / sigma_t) * (z - alpha_t * x0) + alpha_s * x0
+
+
+@torch.no_grad()
+def progressive_target(
+    denoiser: Denoiser, predict: Predict, z: Tensor, u: Tensor, m: Tensor, s: Tensor
+) -> Tensor:
+    """Return the x0 that lands one student step u -> s where two teacher steps u -> m -> s land.
+
+    Where m equals s there is no second teacher step, and the first teacher estimate is returned: the
+    clamped last jump of the stochastic sampler.
+
+    Args:
+        denoiser: Gives alpha and sigma.
+        predict: The teacher's x0 of (state, timestep).
+        z: State at u.
+        u, m, s: (batch,) timesteps, falling; s may be -1.
+
+    Returns:
+        x~ = (z'' - r z) / (alpha_s - r alpha_u), r = sigma_s / sigma_u; at sigma_s = 0 that is the
+        second teacher estimate.
+
+    References:
+        Salimans and Ho, arXiv:2202.00512, appendix G, Eq. 43; with w in both networks, Meng et al.,
+        arXiv:2210.03142, section 3.2.
+    """
+    first = predict(z, u)
+    middle = ddim_step(denoiser, z, first, u, m)
+    second = predict(middle, m.clamp(min=0))
+    landed = ddim_step(denoiser, middle, second, m, s)
+    alpha_u, sigma_u = denoiser.alpha_sigma(u)
+    alpha_s, sigma_s = denoiser.alpha_sigma(s)
+    ratio = sigma_s / sigma_u
+    both = (landed - ratio * z) / (alpha_s - ratio * alpha_u)
+    return torch.where((m == s)[:, None, None, None], first, both)

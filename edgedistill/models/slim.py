@@ -1,0 +1,120 @@
+"""A smaller UNet cut from a teacher: fewer blocks or narrower channels, weights mapped by name."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+
+from edgedistill.errors import ConfigError
+from edgedistill.models.unet import build_stock
+
+
+@dataclass(frozen=True)
+class CutSettings:
+    """What is taken away.
+
+    Fields:
+        remove_mid_block: Leave out the block at the lowest resolution.
+        layers_per_block: Residual layers kept per level; None: all. The first and the last of a level
+            stay, which are the ones whose channel counts fit.
+        width: Share of the channels of every level that stays, in (0, 1].
+
+    References:
+        Block removal: Kim et al. (BK-SDM), arXiv:2305.15798, section 3.1.
+    """
+
+    remove_mid_block: bool = False
+    layers_per_block: int | None = None
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            msg = f"`width` must lie in (0, 1], got {self.width}."
+            raise ConfigError(msg)
+
+
+def cut(teacher: UNet2DModel, settings: CutSettings) -> UNet2DModel:
+    """Build the smaller network and give it the teacher's weights.
+
+    Kept channels are spread evenly over the teacher's, which keeps whole normalisation groups and, at
+    half width, exactly every second frequency of the timestep's sinusoid. Block removal starts close to
+    the teacher; a narrower network starts far from it (though nearer than random weights) and needs a
+    longer first phase.
+
+    Raises:
+        ConfigError: If a width does not divide into the normalisation groups, or layers would be added.
+    """
+    config = {**teacher.config, **_smaller(teacher.config, settings)}
+    student = build_stock(config)
+    source = teacher.state_dict()
+    mapped = {
+        name: _shrink(source[_origin(name, teacher.config, config)], value.shape, name, teacher)
+        for name, value in student.state_dict().items()
+    }
+    student.load_state_dict(mapped)
+    return student.eval()
+
+
+def _smaller(config: Any, settings: CutSettings) -> dict[str, Any]:
+    layers = settings.layers_per_block or config["layers_per_block"]
+    if not 1 <= layers <= config["layers_per_block"]:
+        msg = f"`layers_per_block` must lie in [1, {config['layers_per_block']}], the teacher's, got {layers}."
+        raise ConfigError(msg)
+    groups = config["norm_num_groups"]
+    widths = [round(channels * settings.width) for channels in config["block_out_channels"]]
+    if any(width % groups for width in widths):
+        msg = f"`width` {settings.width} makes levels of {widths} channels, which do not divide into {groups} normalisation groups."
+        raise ConfigError(msg)
+    mid = None if settings.remove_mid_block else config["mid_block_type"]
+    return {"layers_per_block": layers, "block_out_channels": widths, "mid_block_type": mid}
+
+
+def _origin(name: str, teacher: Any, student: Any) -> str:
+    """Name the teacher's layer that a student's layer comes from."""
+
+    def rename(match: re.Match[str]) -> str:
+        blocks, kind, index = match.group(1), match.group(3), int(match.group(4))
+        extra = 1 if blocks == "up_blocks" else 0
+        last = student["layers_per_block"] + extra - 1
+        shift = teacher["layers_per_block"] - student["layers_per_block"]
+        kept = index + shift if index == last and last > 0 else index
+        return f"{blocks}.{match.group(2)}.{kind}.{kept}."
+
+    return re.sub(r"^(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions)\.(\d+)\.", rename, name)
+
+
+def _shrink(value: Tensor, shape: torch.Size, name: str, teacher: UNet2DModel) -> Tensor:
+    """Keep evenly spread rows and columns of a weight."""
+    for dim, kept in enumerate(shape):
+        full = value.shape[dim]
+        if full == kept:
+            continue
+        is_input = dim == 1 or re.search(r"\.norm1\.", name) is not None
+        segments = _concatenation(name, teacher) if is_input else None
+        value = value.index_select(dim, _spread(segments or [full], kept))
+    return value.clone()
+
+
+def _spread(segments: list[int], kept: int) -> Tensor:
+    """Return indices spread evenly over each segment, `kept` in all, segments in proportion."""
+    full, start, chosen = sum(segments), 0, []
+    for size in segments:
+        count = size * kept // full
+        chosen += [start + position * size // count for position in range(count)]
+        start += size
+    return torch.tensor(chosen)
+
+
+def _concatenation(name: str, teacher: UNet2DModel) -> list[int] | None:
+    """Return the channels of [hidden, skip] for the layers that read a concatenation."""
+    match = re.match(r"up_blocks\.(\d+)\.resnets\.(\d+)\.(norm1|conv1|conv_shortcut)\.", name)
+    if match is None:
+        return None
+    widths = list(reversed(teacher.config["block_out_channels"]))
+    level, position = int(match.group(1)), int(match.group(2))
+    hidden = widths[max(level - 1, 0)] if position == 0 else widths[level]
+    layer: Any = teacher.get_submodule(f"up_blocks.{level}.resnets.{position}.conv1")
+    return [hidden, layer.in_channels - hidden]

@@ -1,0 +1,117 @@
+"""The command `edgedistill distill`."""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+HELP = "train a few-step student from a recipe"
+EXAMPLES = """\
+examples:
+  edgedistill distill examples/digits_guided.yaml -o student --dry-run
+  edgedistill distill examples/digits_guided.yaml -o student
+  edgedistill distill examples/digits_guided.yaml -o student --set training.batch_size=32 --set seed=1
+  edgedistill distill examples/digits_guided.yaml -o student --resume     # after a kill: bitwise the same
+
+STUDENT holds the networks as diffusers writes them, the sampler table (sampler.json), the losses,
+TensorBoard events and sample grids (training/). Next: edgedistill export all -m STUDENT BUNDLE"""
+
+
+def register(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "distill",
+        help=HELP,
+        description="Train a few-step student from a teacher by the recipe's method.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE.yaml", help="what to do; see examples/"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="student folder to make")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the recipe, such as guided.halve.iterations=300; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from STUDENT.partial instead of beginning anew"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a student that has other settings"
+    )
+    parser.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="check everything, time a few steps, print the plan",
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of torch; results depend on it")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command."""
+    import torch
+
+    from edgedistill.training.recipe import Recipe
+    from edgedistill.training.run import describe, distill
+
+    logging.basicConfig(format="edgedistill: %(message)s", level=logging.WARNING)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recipe = Recipe.load(options.recipe, options.overrides)
+    if options.dry_run:
+        plan = describe(recipe)
+        print(json.dumps(plan, indent=1) if options.json else _plan_text(plan))
+        return 0
+    student = distill(
+        recipe,
+        options.output,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        quiet=options.quiet,
+    )
+    result = {
+        "student": str(student.root),
+        "name": student.name,
+        "evaluations": student.table.nfe,
+        "parameters": student.provenance["parameters"],
+    }
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        print(f"{student.root}: {student.name}, {student.table.nfe} evaluation(s) per sample")
+        print(f"next: edgedistill export all -m {student.root} BUNDLE")
+    return 0
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    lines = [
+        f"recipe {plan['recipe']['name']}: {plan['recipe']['method']}, seed {plan['recipe']['seed']}"
+    ]
+    lines += ["", f"{'role':<12}{'parameters':>14}  trained  ema"]
+    for role in plan["roles"]:
+        mark = "yes" if role["trained"] else "no"
+        lines.append(
+            f"{role['name']:<12}{role['parameters']:>14,}  {mark:<7}  {role['ema'] or '-'}"
+        )
+    lines += [
+        "",
+        f"{'phase':<14}{'iterations':>11}{'samples':>12}{'s/iteration':>13}{'minutes':>9}  writes",
+    ]
+    for phase in plan["phases"]:
+        seconds = phase["seconds_per_iteration"] or 0.0
+        minutes = seconds * phase["iterations"] / 60
+        lines.append(
+            f"{phase['name']:<14}{phase['iterations']:>11,}{phase['samples']:>12,}{seconds:>13.3f}"
+            f"{minutes:>9.1f}  {phase['emits'] or '-'}"
+        )
+    return "\n".join(lines)
