@@ -9,6 +9,7 @@ import numpy as np
 
 from edgedistill import plugins
 from edgedistill.bundle import Artifact, Bundle
+from edgedistill.conditions import network_conditions
 from edgedistill.contract import Signature
 from edgedistill.errors import ContractError
 from edgedistill.network import CheckedNetwork, Session
@@ -108,53 +109,10 @@ class Pipeline:
         count = _count(n, seed, noise, conditions)
         bank = noise if noise is not None else noise_bank(self.table, _seeds(seed, count))
         self._check_noise(bank, count)
-        given = self.conditions(count, guidance_scale, conditions)
+        given = network_conditions(self.table, count, guidance_scale, conditions)
         array = run_table(self.table, self.networks, bank, given, observe)
         low, high = self.table.space["value_range"]
         return Samples(np.asarray(array), (low, high))
-
-    def conditions(
-        self, count: int, guidance_scale: float | None, given: Mapping[str, Any]
-    ) -> dict[str, np.ndarray]:
-        """Return the network inputs that the caller's choices make, one entry per sample.
-
-        Raises:
-            ContractError: As `__call__`.
-        """
-        known = {condition.name: condition for condition in self.table.conditions}
-        if unknown := sorted(set(given) - set(known)):
-            msg = f"Unknown condition {', '.join(unknown)}; this model takes: {', '.join(known) or 'none'}."
-            raise ContractError(msg)
-        inputs = {}
-        for name, condition in known.items():
-            value = np.asarray(given.get(name, np.arange(count) % (condition.size or 1)))
-            if value.ndim > 1 or (value.ndim == 1 and len(value) != count):
-                msg = f"`{name}` must be one value or {count} of them, got shape {value.shape}."
-                raise ContractError(msg)
-            whole = np.issubdtype(value.dtype, np.integer)
-            if not whole or value.min() < 0 or value.max() >= (condition.size or np.inf):
-                top = "" if condition.size is None else f" up to {condition.size - 1}"
-                msg = f"`{name}` must be whole numbers from 0{top}, got {value.tolist()!r:.60}."
-                raise ContractError(msg)
-            inputs[name] = np.broadcast_to(value, (count,))
-        return {**inputs, **self._guidance(count, guidance_scale)}
-
-    def _guidance(self, count: int, scale: float | None) -> dict[str, np.ndarray]:
-        guidance = self.table.guidance
-        if scale is not None and guidance.mode != "embedded" and scale != guidance.default:
-            msg = (
-                f"This model's guidance is {guidance.mode!r} at scale {guidance.default:g}; "
-                f"`guidance_scale={scale:g}` cannot be chosen here, leave it out."
-            )
-            raise ContractError(msg)
-        if guidance.input is None:
-            return {}
-        value = guidance.default if scale is None else scale
-        low, high = guidance.range
-        if not low <= value <= high:
-            msg = f"`guidance_scale` must lie in the trained range [{low:g}, {high:g}], got {value:g}."
-            raise ContractError(msg)
-        return {guidance.input: np.full((count,), value - 1.0, np.float32)}
 
     def _check_noise(self, bank: Bank, count: int) -> None:
         shapes = bank_shapes(self.table)
@@ -207,4 +165,5 @@ def _count(n: int | None, seed: Any, noise: Bank | None, conditions: Mapping[str
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    return [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    first = [int(item) for item in np.atleast_1d(np.asarray(seed, dtype=object))]
+    return [first[0] + i for i in range(count)] if np.ndim(seed) == 0 else first

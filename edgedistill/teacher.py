@@ -7,9 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.compiler import compile_scheduler
 from edgedistill.contract import Signature
-from edgedistill.errors import BundleError
+from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, sha256
+from edgedistill.table import Condition, Guidance, SamplerTable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,6 +53,35 @@ class Teacher:
         """(channels, height, width) of a sample."""
         _, channels, height, width = self.signature.inputs[0].shape
         return int(channels), int(height), int(width)
+
+    def table(
+        self, num_steps: int, guidance_scale: float = 1.0, spacing: str | None = None
+    ) -> SamplerTable:
+        """Return the table that samples this teacher as its own scheduler would.
+
+        Args:
+            num_steps: Rows; each calls the network twice where there is guidance.
+            guidance_scale: g, where 1 is no guidance.
+            spacing: ``trailing``, ``leading`` or ``linspace``; None: as the scheduler's configuration says.
+
+        Raises:
+            ConfigError: If the scheduler cannot be compiled, or guidance is asked of a network without a
+                null class.
+        """
+        if guidance_scale != 1 and not self.null:
+            msg = f"{self.name}: guidance needs a null class, and this teacher has none; use guidance_scale=1."
+            raise ConfigError(msg)
+        limits = (guidance_scale, guidance_scale)
+        cfg = Guidance(mode="cfg", default=guidance_scale, range=limits, null=self.null)
+        labels = self.signature.input("class")
+        return compile_scheduler(
+            {**self.scheduler, **({"timestep_spacing": spacing} if spacing else {})},
+            num_steps,
+            shape=self.shape,
+            guidance=Guidance() if guidance_scale == 1 else cfg,
+            conditions=(Condition(labels.name, "class", self.classes),) if labels else (),
+            clamp=(-1.0, 1.0),
+        )
 
     @classmethod
     def open(cls, name: str | Path, *, null_class: bool = True) -> "Teacher":

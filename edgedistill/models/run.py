@@ -1,0 +1,90 @@
+"""Torch networks run by sampler tables: the PyTorch side of `edgedistill.sampler`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgedistill.conditions import network_conditions
+from edgedistill.models import store
+from edgedistill.noise import Bank, noise_bank
+from edgedistill.sampler import Network, run_table
+from edgedistill.table import SamplerTable
+
+
+def torch_networks(modules: Mapping[str, nn.Module]) -> dict[str, Network]:
+    """Return callables from named inputs to named outputs, as `run_table` wants them.
+
+    Each picks the inputs of its module's signature, repeats numbers over the batch, casts to the
+    signature's dtypes on the module's device, and calls without gradients.
+    """
+    return {name: _network(module) for name, module in modules.items()}
+
+
+def _network(module: nn.Module) -> Network:
+    signature = store.signature(module)
+    (output,) = signature.outputs
+    device = next(module.parameters()).device
+
+    def run(given: Mapping[str, Any]) -> dict[str, Tensor]:
+        batch = len(given[signature.inputs[0].name])
+        inputs = {}
+        for spec in signature.inputs:
+            value = torch.as_tensor(given[spec.name], dtype=getattr(torch, spec.dtype)).to(device)
+            inputs[spec.name] = value.expand(batch) if value.ndim == 0 else value
+        with torch.no_grad():
+            return {output.name: store.call(module, inputs)}
+
+    return run
+
+
+def sample_torch(
+    modules: Mapping[str, nn.Module],
+    table: SamplerTable,
+    count: int,
+    *,
+    seed: int = 0,
+    guidance_scale: float | None = None,
+    noise: Bank | None = None,
+    batch: int = 250,
+    **conditions: Any,
+) -> np.ndarray:
+    """Sample as `Pipeline` does, with torch networks that need not be exported.
+
+    Args:
+        modules: By the names that the table calls.
+        table: The sampler.
+        count: Number of samples.
+        seed: Sample i is made from ``seed + i``, whatever the batch.
+        guidance_scale: g; None: the table's default.
+        noise: A noise bank to use instead of the seed.
+        batch: Samples at a time.
+        **conditions: As `Pipeline`; classes that are left out are taken in turn.
+
+    Returns:
+        float32 (count, channels, height, width).
+
+    Raises:
+        ContractError: If the conditions, the noise or the networks do not fit the table.
+    """
+    given = network_conditions(table, count, guidance_scale, conditions)
+    networks = torch_networks(modules)
+    device = next(next(iter(modules.values())).parameters()).device
+    pieces = []
+    for start in range(0, count, batch):
+        part = slice(start, min(count, start + batch))
+        bank = (
+            noise_bank(table, [seed + i for i in range(part.start, part.stop)])
+            if noise is None
+            else [array[part] for array in noise]
+        )
+        made = run_table(
+            table,
+            networks,
+            [torch.from_numpy(array).to(device) for array in bank],
+            {name: torch.tensor(value[part], device=device) for name, value in given.items()},
+        )
+        pieces.append(made.cpu().numpy())
+    return np.concatenate(pieces)
