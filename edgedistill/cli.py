@@ -4,9 +4,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from edgedistill import __version__, plugins
-from edgedistill.errors import EdgeDistillError
+from edgedistill.errors import ConfigError, EdgeDistillError
 
 DESCRIPTION = """\
 Take a diffusion model from a GPU teacher to a phone or an Intel CPU, and prove that it still is the
@@ -20,7 +21,7 @@ Exit status: 0 fine, 1 a check failed, 2 bad input.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 fine, 1 a check failed, 2 bad input."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = [_kebab(item) for item in (sys.argv[1:] if arguments is None else arguments)]
     try:
         options = _parser(arguments).parse_args(arguments)
         status: int = options.run(options) or 0
@@ -37,13 +38,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, like every other of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        msg = f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`."
+        raise ConfigError(msg)
+
+
 def _complain(message: str, status: int) -> int:
     print(f"edgedistill: {message}", file=sys.stderr)
     return status
 
 
+def _kebab(argument: str) -> str:
+    """Accept ``--guidance_scale`` for ``--guidance-scale``; a value after ``=`` stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    return option.replace("_", "-") + equals + value
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="edgedistill",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -52,10 +69,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"edgedistill {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     # Only the module of the command at hand is imported: a cold start pays for nothing else.
-    first = next((item for item in arguments if not item.startswith("-")), None)
-    wanted = (
-        [first] if first in plugins.names(plugins.COMMANDS) else plugins.names(plugins.COMMANDS)
-    )
-    for name in wanted:
-        plugins.find(plugins.COMMANDS, str(name))(commands)
+    wanted = next((item for item in arguments if not item.startswith("-")), None)
+    for name in plugins.names(plugins.COMMANDS) if wanted is None else [wanted]:
+        plugins.find(plugins.COMMANDS, name)(commands)
     return parser

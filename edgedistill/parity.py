@@ -1,0 +1,366 @@
+"""How near an answer is to its reference: the measures, the one table of floors, and the report."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edgedistill.errors import ConfigError, ContractError
+
+DB_LIMIT = 999.0
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What an artifact of one precision must reach.
+
+    Fields:
+        raw: dB SNR of each row's raw prediction, teacher-forced: the network alone.
+        free: dB SNR of each row's state, free-running: errors have piled up.
+        image: dB SNR of the finished samples.
+        sensitivity: Largest distance from 1 of the gain (see `response_gain`) for every condition.
+        reason: Why these numbers.
+    """
+
+    raw: float
+    free: float
+    image: float
+    sensitivity: float
+    reason: str
+
+
+FLOORS: Mapping[str, Floor] = {
+    "float32": Floor(
+        100.0,
+        100.0,
+        100.0,
+        0.001,
+        "Only the order of summation differs. A weight off by half, a bias off by 0.01 or the wrong GELU "
+        "leaves 63 to 89 dB, so a lower floor would hide a wrong graph.",
+    ),
+    "float16": Floor(
+        50.0,
+        45.0,
+        45.0,
+        0.02,
+        "Rounding to 11 bits leaves 52 to 57 dB where the timestep embedding stays in float32; "
+        "41 dB at the noisiest timestep is what it gives when it does not.",
+    ),
+    "int8-weights": Floor(
+        25.0,
+        20.0,
+        20.0,
+        0.1,
+        "256 levels per output channel, activations untouched.",
+    ),
+    "palette6": Floor(
+        20.0,
+        15.0,
+        15.0,
+        0.15,
+        "64 values per weight tensor; every bit less costs about 6 dB.",
+    ),
+    "int8": Floor(
+        15.0,
+        10.0,
+        10.0,
+        0.3,
+        "256 levels for weights and for activations, whose range is shared by all rows.",
+    ),
+}
+
+
+def floor_of(precision: str) -> Floor:
+    """Return the floor of a precision.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    if precision not in FLOORS:
+        msg = f"No parity floor for precision {precision!r}; there is one for: {', '.join(FLOORS)}."
+        raise ConfigError(msg)
+    return FLOORS[precision]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """An answer beside its reference.
+
+    Fields:
+        snr_db: See `snr_db`; infinite for equal bits.
+        max_abs: Largest absolute difference, in the tensor's own unit.
+        cosine: See `cosine`.
+        psnr_db: See `psnr_db`; None for what is not an image.
+    """
+
+    snr_db: float
+    max_abs: float
+    cosine: float
+    psnr_db: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; 999 stands for infinite dB."""
+        data = {name: value for name, value in asdict(self).items() if value is not None}
+        return {k: _finite_db(v) if k.endswith("_db") else v for k, v in data.items()}
+
+
+def compare(reference: np.ndarray, got: np.ndarray, peak: float | None = None) -> Agreement:
+    """Compare an answer with its reference.
+
+    Args:
+        reference: Any shape.
+        got: The same shape.
+        peak: Width of the value range, for images (2.0 for [-1, 1]); None: no PSNR.
+
+    Raises:
+        ContractError: If the shapes differ or a value is not finite.
+    """
+    reference, got = np.asarray(reference, np.float64), np.asarray(got, np.float64)
+    if reference.shape != got.shape:
+        msg = f"Reference and answer must have one shape, got {reference.shape} and {got.shape}."
+        raise ContractError(msg)
+    if not (np.isfinite(reference).all() and np.isfinite(got).all()):
+        msg = "Reference or answer holds NaN or infinity."
+        raise ContractError(msg)
+    return Agreement(
+        snr_db(reference, got),
+        float(np.abs(reference - got).max()),
+        cosine(reference, got),
+        None if peak is None else psnr_db(reference, got, peak),
+    )
+
+
+def snr_db(reference: np.ndarray, got: np.ndarray) -> float:
+    """Return 20 log10(norm(reference) / norm(reference - got)); infinite for equal arrays."""
+    return _decibel(_norm(reference), _norm(np.subtract(reference, got, dtype=np.float64)))
+
+
+def psnr_db(reference: np.ndarray, got: np.ndarray, peak: float) -> float:
+    """Return 20 log10(peak / rmse), where `peak` is the width of the value range."""
+    rmse = _norm(np.subtract(reference, got, dtype=np.float64)) / math.sqrt(np.size(reference))
+    return _decibel(peak, rmse)
+
+
+def cosine(reference: np.ndarray, got: np.ndarray) -> float:
+    """Return the cosine of the angle between two arrays seen as vectors; 0 where one is zero."""
+    a, b = np.ravel(reference).astype(np.float64), np.ravel(got).astype(np.float64)
+    lengths = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b / lengths) if lengths else 0.0
+
+
+def response_gain(reference: np.ndarray, got: np.ndarray) -> float:
+    """Return by how much a response is scaled against the reference's: 1 the same, 0 no response.
+
+    The least-squares factor k of ``got = k * reference + error``. Noise that has nothing to do with the
+    response, such as quantization's, does not move it, where the ratio of norms would grow.
+
+    Args:
+        reference: Change of the reference's output when a condition changes.
+        got: Change of the output in question for the same change.
+
+    Raises:
+        ContractError: If the reference does not respond at all.
+    """
+    a, b = np.ravel(reference).astype(np.float64), np.ravel(got).astype(np.float64)
+    if not a.any():
+        msg = "The reference's output does not depend on this condition, so no gain can be given."
+        raise ContractError(msg)
+    return float(a @ b / (a @ a))
+
+
+@dataclass(frozen=True)
+class RowParity:
+    """One row of the table.
+
+    Fields:
+        index: Position in the table.
+        timestep: The label the network is fed; None where no network is called.
+        raw, x0, next: Teacher-forced, from the reference's state: the prediction, the estimate of x and
+            the state after the row; the first two are None where no network is called.
+        free: Free-running, from this artifact's own state: the state after the row.
+    """
+
+    index: int
+    timestep: float | None
+    raw: Agreement | None
+    x0: Agreement | None
+    next: Agreement
+    free: Agreement
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        forced = {"raw": self.raw, "x0": self.x0, "next": self.next}
+        return {
+            "index": self.index,
+            "timestep": self.timestep,
+            "teacher_forced": {k: v.to_json() for k, v in forced.items() if v is not None},
+            "free_running": {"next": self.free.to_json()},
+        }
+
+
+@dataclass(frozen=True)
+class ArtifactParity:
+    """One artifact against the reference.
+
+    Fields:
+        name, runtime, format, precision: As in the manifest.
+        size: Bytes on disk.
+        described: What ran it, in the runtime's own words.
+        rows, image: The comparisons; empty and None where it was skipped or broke.
+        sensitivity: Gain of the output's response to each condition, by the condition's name.
+        load_ms: Milliseconds to open it.
+        call_ms: Median milliseconds of one network evaluation of the whole probe batch.
+        skipped: Why it was not run, and how to run it; None if it was.
+        broken: Why it could not finish; None if it did.
+        output: Its samples (batch, channels, height, width); not part of the JSON.
+    """
+
+    name: str
+    runtime: str
+    format: str
+    precision: str
+    size: int
+    described: str = ""
+    rows: tuple[RowParity, ...] = ()
+    image: Agreement | None = None
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
+    load_ms: float | None = None
+    call_ms: float | None = None
+    skipped: str | None = None
+    broken: str | None = None
+    output: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def floor(self) -> Floor:
+        """What its precision must reach."""
+        return floor_of(self.precision)
+
+    @property
+    def worst_forced(self) -> tuple[int, float] | None:
+        """Row and dB SNR of the worst raw prediction, teacher-forced."""
+        found = [(row.index, row.raw.snr_db) for row in self.rows if row.raw is not None]
+        return min(found, key=lambda item: item[1], default=None)
+
+    @property
+    def worst_free(self) -> tuple[int, float] | None:
+        """Row and dB SNR of the worst state, free-running."""
+        found = [(row.index, row.free.snr_db) for row in self.rows]
+        return min(found, key=lambda item: item[1], default=None)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """One sentence per measure below its floor."""
+        who = f"{self.runtime} {self.precision} {self.name!r}"
+        if self.broken is not None:
+            return (f"{who}: {self.broken}",)
+        measured = [
+            (self.worst_forced, self.floor.raw, "teacher-forced"),
+            (self.worst_free, self.floor.free, "free-running"),
+        ]
+        found = [
+            f"{who}: {worst[1]:.1f} dB SNR at row {worst[0]} ({how}) against the reference, "
+            f"at least {floor:.1f} dB is required."
+            for worst, floor, how in measured
+            if worst is not None and worst[1] < floor
+        ]
+        if self.image is not None and self.image.snr_db < self.floor.image:
+            found.append(
+                f"{who}: {self.image.snr_db:.1f} dB SNR of the samples against the reference, "
+                f"at least {self.floor.image:.1f} dB is required (largest difference {self.image.max_abs:.3g})."
+            )
+        allowed = self.floor.sensitivity
+        found += [
+            f"{who}: a change of `{name}` moves the samples {gain:.3f} times as far as the reference's, "
+            f"{1 - allowed:.3f} to {1 + allowed:.3f} is required."
+            for name, gain in self.sensitivity.items()
+            if abs(gain - 1) > allowed
+        ]
+        return tuple(found)
+
+    @property
+    def verdict(self) -> str:
+        """``ok``, ``failed`` or ``skipped``."""
+        if self.skipped is not None:
+            return "skipped"
+        return "failed" if self.failures else "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        named = ("name", "runtime", "format", "precision", "verdict", "described", "size")
+        return {
+            **{name: getattr(self, name) for name in named},
+            "load_ms": self.load_ms,
+            "call_ms": self.call_ms,
+            "rows": [row.to_json() for row in self.rows],
+            "image": self.image and self.image.to_json(),
+            "sensitivity": dict(self.sensitivity),
+            "failures": list(self.failures),
+            "skipped": self.skipped,
+        }
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """Every artifact of one student against the reference.
+
+    Fields:
+        name, fingerprint: Of the student, as in the manifest.
+        batch: Samples in the probe.
+        value_range: Values of black and white.
+        artifacts: In the order of the bundles.
+        environment: Versions, for the reader of the report.
+        reference: The reference's samples (batch, channels, height, width); not part of the JSON.
+    """
+
+    name: str
+    fingerprint: str
+    batch: int
+    value_range: tuple[float, float]
+    artifacts: tuple[ArtifactParity, ...]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    reference: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Every artifact's failures."""
+        return tuple(sentence for item in self.artifacts for sentence in item.failures)
+
+    @property
+    def ok(self) -> bool:
+        """Whether at least one artifact was run and none failed."""
+        verdicts = {item.verdict for item in self.artifacts}
+        return "ok" in verdicts and "failed" not in verdicts
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Precisions of the artifacts, in order of first appearance."""
+        return tuple(dict.fromkeys(item.precision for item in self.artifacts))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "ok": self.ok,
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "batch": self.batch,
+            "value_range": list(self.value_range),
+            "artifacts": [item.to_json() for item in self.artifacts],
+            "floors": {name: asdict(floor_of(name)) for name in self.precisions},
+            "environment": dict(self.environment),
+        }
+
+
+def _norm(values: np.ndarray) -> float:
+    return float(np.linalg.norm(np.ravel(values).astype(np.float64)))
+
+
+def _decibel(signal: float, error: float) -> float:
+    if error == 0:
+        return math.inf
+    return 20 * math.log10(signal / error) if signal > 0 else -math.inf
+
+
+def _finite_db(value: float) -> float:
+    return min(max(value, -DB_LIMIT), DB_LIMIT)

@@ -1,0 +1,272 @@
+"""`edgedistill sample` and `edgedistill parity`: read the command line, call, print."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgedistill.pipeline import Pipeline
+
+_SHEET_WIDTH = 256
+_SAMPLE_EPILOG = """\
+examples:
+  edgedistill sample demo/bundle --runtime onnxruntime --seed 0 -n 16 -o grid.png
+  edgedistill sample demo/bundle --runtime openvino --class 3 1 4 -o pi.png
+  edgedistill sample demo/bundle --artifact onnx-int8 -n 100 --columns 10 --npy arrays.npy -o grid.png
+
+Sample i is made from seed + i alone: neither -n nor the runtime changes its noise.
+--class takes one class, or several that take turns; left out, all classes take turns.
+"""
+_PARITY_EPILOG = """\
+examples:
+  edgedistill parity demo/bundle
+  edgedistill parity demo/bundle --runtime openvino --report parity.html
+  edgedistill parity demo/bundle demo/int8 --json > parity.json
+
+Several bundles of one student land in one report. A runtime that is not installed is skipped and
+named, unless --runtime asks for it.
+Exit status: 0 every artifact reaches its floors, 1 one does not, 2 bad input.
+"""
+
+
+def register_sample(commands: Any) -> None:
+    """Add `edgedistill sample`."""
+    parser = _command(
+        commands,
+        "sample",
+        "sample from a bundle on any runtime",
+        "Sample from a bundle and write one sheet of all samples as PNG.",
+        _SAMPLE_EPILOG,
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
+    parser.add_argument(
+        "--runtime",
+        metavar="R",
+        help="torch, onnxruntime, openvino, coreml (default: of the first artifact)",
+    )
+    parser.add_argument("--artifact", metavar="NAME", help="default: the first of the runtime")
+    parser.add_argument("-o", "--output", metavar="PNG", type=Path, required=True, help="the sheet")
+    parser.add_argument("-n", "--num-samples", metavar="N", type=_positive, help="default: 16")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the first sample (default: 0)")
+    parser.add_argument(
+        "--class", "--class-labels", dest="labels", metavar="K", type=int, nargs="+", help="classes"
+    )
+    parser.add_argument("--guidance-scale", metavar="G", type=float, help="1 is no guidance")
+    parser.add_argument("--columns", metavar="N", type=_positive, help="of the sheet")
+    parser.add_argument("--scale", metavar="N", type=_positive, help="enlarge each pixel N times")
+    parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
+    _add_shared(parser)
+    parser.set_defaults(run=_sample)
+
+
+def register_parity(commands: Any) -> None:
+    """Add `edgedistill parity`."""
+    parser = _command(
+        commands,
+        "parity",
+        "prove that every artifact still is the PyTorch model",
+        "Compare every artifact of a bundle with PyTorch on the same noise, row by row and as a whole.",
+        _PARITY_EPILOG,
+    )
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders that hold one student"
+    )
+    parser.add_argument("--runtime", metavar="R", nargs="+", default=[], help="default: all")
+    parser.add_argument("--artifact", metavar="NAME", nargs="+", default=[], help="default: all")
+    parser.add_argument("--report", metavar="HTML", type=Path, help="also write a page")
+    _add_shared(parser)
+    parser.set_defaults(run=_parity)
+
+
+def _command(
+    commands: Any, name: str, short: str, description: str, epilog: str
+) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=short,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return made
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="D", help="handed to the runtime, such as CPU or GPU")
+    parser.add_argument("--threads", metavar="N", type=_positive, help="handed to the runtime")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    _check_target(options.output, ".png")
+    if options.npy is not None:
+        _check_target(options.npy, ".npy")
+    # The heavy half of the work begins here; `--help` and a wrong command line end before it.
+    from edgedistill.images import save_png
+    from edgedistill.pipeline import load
+
+    start = time.perf_counter()
+    pipeline = load(options.bundle, options.runtime, options.artifact, **_runtime_options(options))
+    count = options.num_samples or len(options.labels or []) or 16
+    samples = pipeline(
+        count,
+        seed=options.seed,
+        guidance_scale=options.guidance_scale,
+        **_labels(pipeline, options.labels, count),
+    )
+    seconds = time.perf_counter() - start
+    sheet = samples.grid(options.columns, options.scale or _scale(samples.array, options.columns))
+    if options.npy is not None:
+        _save_npy(samples.array, options.npy)
+    save_png(sheet, options.output)
+    _tell_sample(options, pipeline, count, seconds)
+    return 0
+
+
+def _tell_sample(
+    options: argparse.Namespace, pipeline: "Pipeline", count: int, seconds: float
+) -> None:
+    made = {
+        "output": str(options.output),
+        "npy": None if options.npy is None else str(options.npy),
+        "samples": count,
+        "seed": options.seed,
+        "artifact": pipeline.artifact.name,
+        "runtime": pipeline.artifact.runtime,
+        "described": pipeline.runtime.describe(),
+        "nfe": pipeline.table.nfe,
+        "seconds": round(seconds, 4),
+    }
+    if options.json:
+        print(json.dumps(made, indent=1))
+        return
+    plural = "" if count == 1 else "s"
+    print(
+        f"{options.output}: {count} sample{plural} of {pipeline.bundle.name} "
+        f"({pipeline.artifact.name}, {made['nfe']} evaluations each) on {made['described']} "
+        f"in {seconds:.2f} s"
+    )
+
+
+def _parity(options: argparse.Namespace) -> int:
+    if options.report is not None:
+        _check_target(options.report, ".html")
+    from edgedistill.bundle import Bundle
+
+    from .verify import verify
+
+    report = verify(
+        [Bundle.open(path) for path in options.bundles],
+        runtimes=options.runtime,
+        artifacts=options.artifact,
+        options=_runtime_options(options),
+        progress=_bar,
+    )
+    if options.report is not None:
+        from edgedistill.files import write_bytes
+
+        from .report import render
+
+        write_bytes(options.report, render(report).encode())
+    print(json.dumps(report.to_json(), indent=1) if options.json else _parity_text(report))
+    for sentence in report.failures:
+        print(f"edgedistill: {sentence}", file=sys.stderr)
+    return 0 if report.ok else 1
+
+
+def _parity_text(report: Any) -> str:
+    from edgedistill.terminal import aligned
+
+    from .summary import HEADERS, LEGEND, cells
+
+    lines = [f"{report.name}, {report.batch} samples from the same noise", ""]
+    lines += [aligned(HEADERS, [cells(item) for item in report.artifacts]), ""]
+    lines += [f"{item.name} skipped: {item.skipped}" for item in report.artifacts if item.skipped]
+    width = report.value_range[1] - report.value_range[0]
+    return "\n".join([*lines, *LEGEND.format(peak=width, batch=report.batch).split(". ")])
+
+
+def _bar(items: Sequence[Any]) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    with tqdm(items, unit="artifact", disable=None) as bar:
+        for item in bar:
+            bar.set_description(item[1].name)
+            yield item
+
+
+def _runtime_options(options: argparse.Namespace) -> dict[str, Any]:
+    given = {"device": options.device, "threads": options.threads}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _labels(pipeline: "Pipeline", labels: Sequence[int] | None, count: int) -> dict[str, Any]:
+    """Return the class condition; classes that are fewer than the samples take turns."""
+    if labels is None:
+        return {}
+    if len(labels) > count:
+        msg = f"--class names {len(labels)} classes for {count} samples; raise -n or leave it out."
+        raise ConfigError(msg)
+    conditions = pipeline.table.conditions
+    name = next((item.name for item in conditions if item.kind == "class"), "class_labels")
+    return {name: [labels[i % len(labels)] for i in range(count)]}
+
+
+def _scale(array: Any, columns: int | None) -> int:
+    """Return the factor that makes the sheet about `_SHEET_WIDTH` pixels wide or wider."""
+    columns = columns or -(-(len(array) ** 0.5) // 1)
+    return max(1, int(-(-_SHEET_WIDTH // (columns * array.shape[3]))))
+
+
+def _save_npy(array: Any, path: Path) -> None:
+    import io
+
+    import numpy as np
+
+    from edgedistill.files import write_bytes
+
+    stream = io.BytesIO()
+    np.save(stream, array)
+    write_bytes(path, stream.getvalue())
+
+
+def _check_target(path: Path, suffix: str) -> None:
+    """Refuse a file that cannot be written before any work is done.
+
+    Raises:
+        ConfigError: If the name has another suffix, or its folder is missing or cannot be written.
+    """
+    folder = path.absolute().parent
+    problem = None
+    if path.suffix.lower() != suffix:
+        problem = f"the name must end in {suffix}, got {path.suffix or 'no suffix'}"
+    elif path.is_dir():
+        problem = "it is a folder; name a file"
+    elif not folder.is_dir():
+        problem = f"no folder {folder}; make it first"
+    elif not os.access(folder, os.W_OK):
+        problem = f"{folder} cannot be written; choose another place"
+    if problem is not None:
+        msg = f"{path}: {problem}."
+        raise ConfigError(msg)
+
+
+def _positive(value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        msg = f"must be a whole number of at least 1, got {value!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(value)
+
+
+def _seed(value: str) -> int:
+    if not value.isdigit() or int(value) >= 2**127:
+        msg = f"must be a whole number from 0 to 2**127 - 1, got {value!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return int(value)

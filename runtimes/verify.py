@@ -1,0 +1,269 @@
+"""Every artifact of a bundle against the golden tensors: row by row, as a whole, and in its response to conditions."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.bundle import GOLDEN, Artifact, Bundle
+from edgedistill.environment import versions
+from edgedistill.errors import BundleError, ConfigError, ContractError, MissingDependencyError
+from edgedistill.noise import Bank
+from edgedistill.parity import (
+    Agreement,
+    ArtifactParity,
+    ParityReport,
+    RowParity,
+    compare,
+    floor_of,
+    response_gain,
+)
+from edgedistill.pipeline import Pipeline
+from edgedistill.plugins import ALIASES, RUNTIMES, find
+from edgedistill.probes import load_probes
+from edgedistill.sampler import Network, RowTrace, run_row, run_table
+from edgedistill.table import SamplerTable
+
+Progress = Callable[[Sequence[tuple[Bundle, Artifact]]], Iterable[tuple[Bundle, Artifact]]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the reference did from one noise bank.
+
+    Fields:
+        noise: The bank, float32 (batch, channels, height, width) each.
+        conditions: Network inputs by name, one entry per sample, guidance included.
+        rows: Per row ``state``, ``raw``, ``x0``, ``next``; no ``raw`` and ``x0`` where no network is called.
+        output: The finished samples.
+    """
+
+    noise: Bank
+    conditions: Mapping[str, np.ndarray]
+    rows: Sequence[Mapping[str, np.ndarray]]
+    output: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path, table: SamplerTable) -> "Golden":
+        """Read the golden tensors of a table.
+
+        Raises:
+            BundleError: If the file is missing or damaged, or lacks a tensor that the table calls for.
+        """
+        held = load_probes(path)
+        try:
+            rows = [_numbered(held, f"row.{i}.", row.call) for i, row in enumerate(table.rows)]
+            noise = [held[f"noise.{k}"] for k in range(table.noise_count)]
+            return cls(noise, _under(held, "condition."), rows, held["output"])
+        except KeyError as error:
+            msg = f"{path}: no {error} there, which the sampler table calls for; export the bundle anew."
+            raise BundleError(msg) from error
+
+    def pairs(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (condition, i, j) for samples of equal noise that differ in this one condition."""
+        for i, j in combinations(range(len(self.output)), 2):
+            if all(np.array_equal(bank[i], bank[j]) for bank in self.noise):
+                differing = [name for name, v in self.conditions.items() if v[i] != v[j]]
+                if len(differing) == 1:
+                    yield differing[0], i, j
+
+
+def verify(
+    bundles: Sequence[Bundle],
+    *,
+    runtimes: Sequence[str] = (),
+    artifacts: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = iter,
+) -> ParityReport:
+    """Compare artifacts with the golden tensors.
+
+    Args:
+        bundles: One or more bundles of one student; an artifact that several hold is compared once.
+        runtimes: Names of the runtimes to verify; none: all. One that is named must be installed, one
+            that is not named is skipped, with a note, where it is not.
+        artifacts: Names of the artifacts to verify; none: all.
+        options: Handed to every runtime.
+        progress: Wraps the sequence of what is to be compared, for a bar.
+
+    Raises:
+        ConfigError: If the bundles are of several students, or nothing fits the names.
+        MissingDependencyError: If a named runtime, or every runtime, is not installed.
+    """
+    names = [ALIASES.get(name, name) for name in runtimes]
+    for name in names:
+        find(RUNTIMES, name)
+    if len({bundle.fingerprint for bundle in bundles}) != 1:
+        msg = f"Only bundles of one student can be compared, got {len(bundles)} with different fingerprints."
+        raise ConfigError(msg)
+    first = bundles[0]
+    golden = Golden.load(first.path(GOLDEN), first.table)
+    low, high = first.table.space["value_range"]
+    chosen = _choose(bundles, names, artifacts)
+    compared = tuple(
+        _verify_or_skip(bundle, artifact, golden, options or {}, must=bool(names))
+        for bundle, artifact in progress(chosen)
+    )
+    if all(item.skipped for item in compared):
+        msg = f"Nothing could be compared: {compared[0].skipped}"
+        raise MissingDependencyError(msg)
+    return ParityReport(
+        first.name,
+        first.fingerprint,
+        len(golden.output),
+        (low, high),
+        compared,
+        versions(),
+        golden.output,
+    )
+
+
+def _choose(
+    bundles: Sequence[Bundle], runtimes: Sequence[str], artifacts: Sequence[str]
+) -> list[tuple[Bundle, Artifact]]:
+    held = {
+        name: (bundle, artifact)
+        for bundle in reversed(bundles)
+        for name, artifact in bundle.artifacts.items()
+    }
+    order = dict.fromkeys(name for bundle in bundles for name in bundle.artifacts)
+    if unknown := sorted(set(artifacts) - set(held)):
+        msg = f"No artifact {', '.join(map(repr, unknown))}; there is: {', '.join(order)}."
+        raise ConfigError(msg)
+    chosen = [
+        held[name]
+        for name in order
+        if (not artifacts or name in artifacts)
+        and (not runtimes or held[name][1].runtime in runtimes)
+    ]
+    if not chosen:
+        msg = f"No artifact for {', '.join(runtimes)}; there is: {', '.join(order) or 'nothing'}."
+        raise ConfigError(msg)
+    return chosen
+
+
+def _verify_or_skip(
+    bundle: Bundle, artifact: Artifact, golden: Golden, options: Mapping[str, Any], *, must: bool
+) -> ArtifactParity:
+    floor_of(artifact.precision)
+    entry = ArtifactParity(
+        artifact.name, artifact.runtime, artifact.format, artifact.precision, bundle.size(artifact)
+    )
+    try:
+        return _verify_artifact(entry, bundle, artifact, golden, options)
+    except MissingDependencyError as error:
+        if must:
+            raise
+        return replace(entry, skipped=str(error))
+    except ContractError as error:
+        return replace(entry, broken=str(error))
+
+
+def _verify_artifact(
+    entry: ArtifactParity,
+    bundle: Bundle,
+    artifact: Artifact,
+    golden: Golden,
+    options: Mapping[str, Any],
+) -> ArtifactParity:
+    start = time.perf_counter()
+    pipeline = Pipeline(bundle, artifact, options)
+    load_ms = 1000 * (time.perf_counter() - start)
+    networks = {name: _Timed(network) for name, network in pipeline.networks.items()}
+    forced = list(_teacher_forced(bundle.table, networks, golden))
+    free: list[np.ndarray] = []
+    output = run_table(
+        bundle.table,
+        networks,
+        golden.noise,
+        golden.conditions,
+        lambda trace: free.append(trace.next),
+    )
+    low, high = bundle.table.space["value_range"]
+    return replace(
+        entry,
+        described=pipeline.runtime.describe(),
+        rows=tuple(map(_row, forced, free, golden.rows)),
+        image=compare(golden.output, output, peak=high - low),
+        sensitivity=_sensitivity(golden, output),
+        load_ms=load_ms,
+        call_ms=sum(network.median_ms for network in networks.values()),
+        output=output,
+    )
+
+
+class _Timed:
+    """A network that takes the time of its calls; the first one, which warms up, does not count."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.seconds: list[float] = []
+
+    def __call__(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        start = time.perf_counter()
+        outputs = self.network(given)
+        self.seconds.append(time.perf_counter() - start)
+        return outputs
+
+    @property
+    def median_ms(self) -> float:
+        return 1000 * statistics.median(self.seconds[1:] or self.seconds)
+
+
+def _teacher_forced(
+    table: SamplerTable, networks: Mapping[str, Network], golden: Golden
+) -> Iterator[RowTrace]:
+    index = 0
+    for stage in table.stages:
+        history: tuple[np.ndarray | None, ...] = ()
+        for row in stage.rows:
+            kept = golden.rows[index]
+            yield run_row(
+                table, row, networks, kept["state"], golden.noise, golden.conditions, history, index
+            )
+            history = (kept.get("x0"), *history)
+            index += 1
+
+
+def _row(trace: RowTrace, free: np.ndarray, kept: Mapping[str, np.ndarray]) -> RowParity:
+    return RowParity(
+        trace.index,
+        next(iter(trace.row.feeds.values()), None),
+        _optional(kept.get("raw"), trace.raw),
+        _optional(kept.get("x0"), trace.x0),
+        compare(kept["next"], trace.next),
+        compare(kept["next"], free),
+    )
+
+
+def _optional(reference: np.ndarray | None, got: np.ndarray | None) -> Agreement | None:
+    return None if reference is None or got is None else compare(reference, got)
+
+
+def _sensitivity(golden: Golden, output: np.ndarray) -> dict[str, float]:
+    """Return the gain of the response to each condition, over all pairs that differ in it alone."""
+    changes: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for name, i, j in golden.pairs():
+        wanted, got = changes.setdefault(name, ([], []))
+        wanted.append(golden.output[i] - golden.output[j])
+        got.append(output[i] - output[j])
+    return {
+        name: response_gain(np.stack(wanted), np.stack(got))
+        for name, (wanted, got) in changes.items()
+    }
+
+
+def _under(held: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): v for name, v in held.items() if name.startswith(prefix)}
+
+
+def _numbered(
+    held: Mapping[str, np.ndarray], prefix: str, calls: Sequence[str]
+) -> dict[str, np.ndarray]:
+    needed = ("state", "raw", "x0", "next") if calls else ("state", "next")
+    return {name: held[prefix + name] for name in needed}

@@ -1,0 +1,154 @@
+"""A hand-written bundle and a runtime of a few lines, so that the commands are tested without any package."""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgedistill import bundle as bundles
+from edgedistill import cli, plugins, probes
+from edgedistill.contract import Signature, TensorSpec
+from edgedistill.errors import require
+from edgedistill.network import CheckedNetwork
+from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
+
+SHAPE = (1, 8, 8)
+SIGNATURE = Signature(
+    (
+        TensorSpec("sample", ("batch", *SHAPE), "float32", "x"),
+        TensorSpec("timestep", ("batch",), "float32", "t"),
+        TensorSpec("class_labels", ("batch",), "int32", "class"),
+        TensorSpec("w", ("batch",), "float32", "w"),
+    ),
+    (TensorSpec("out_sample", ("batch", *SHAPE), "float32", "raw"),),
+)
+TABLE = SamplerTable(
+    stages=(
+        Stage(
+            SHAPE,
+            (
+                Row(
+                    ("denoiser",),
+                    {"timestep": 999.0},
+                    x0=(0.1, -0.9),
+                    next=Next(x0=0.8, noise=0.6),
+                    noise=1,
+                ),
+                Row(("denoiser",), {"timestep": 499.0}, x0=(0.8, -0.6), next=Next(x0=1.0)),
+            ),
+        ),
+    ),
+    noise_count=2,
+    guidance=Guidance("embedded", "w", 2.0, (1.0, 4.0)),
+    conditions=(Condition("class_labels", "class", 3),),
+    clamp=(-1.0, 1.0),
+)
+W_RESPONSE = 0.02
+GOLDEN_SEEDS = [0, 0, 0, 1]
+GOLDEN_CONDITIONS = {
+    "class_labels": np.array([0, 1, 0, 2], np.int32),
+    "w": np.array([1, 1, 3, 0], np.float32),
+}
+
+
+def _predict(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stand in for a network: smooth, and moved by every input."""
+    z, t, k, w = (feeds[spec.name] for spec in SIGNATURE.inputs)
+    shift = np.sin(np.arange(64, dtype=np.float32).reshape(SHAPE) * (1 + k[:, None, None, None]))
+    raw = np.tanh(z * (t / 1000)[:, None, None, None]) - shift * (
+        0.3 + W_RESPONSE * w[:, None, None, None]
+    )
+    return {"out_sample": raw.astype(np.float32)}
+
+
+class FakeRuntime:
+    """A runtime whose answers a test can spoil."""
+
+    def __init__(self) -> None:
+        self.options = {}
+        self.spoil = lambda raw, feeds: raw
+
+    def open(self, path, signature, options):
+        assert path.read_text() == "weights"
+        assert signature == SIGNATURE
+        self.options = dict(options)
+        return lambda feeds: {"out_sample": self.spoil(_predict(feeds)["out_sample"], feeds)}
+
+    def describe(self) -> str:
+        return "numpy"
+
+
+class AbsentRuntime:
+    """A runtime whose package is not installed."""
+
+    def open(self, path, signature, options):
+        require("no_such_package", "absent")
+
+    def describe(self) -> str:
+        raise AssertionError
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    """Two runtimes that another distribution seems to bring: ``fake`` and ``absent``."""
+    runtime = FakeRuntime()
+    held = plugins.entries(plugins.RUNTIMES)
+    brought = {}
+    for name, module in (("fake", runtime), ("absent", AbsentRuntime())):
+        monkeypatch.setitem(sys.modules, f"brought_{name}", module)
+        brought[name] = EntryPoint(name, f"brought_{name}", plugins.RUNTIMES)
+    commands = plugins.entries(plugins.COMMANDS)
+    monkeypatch.setattr(
+        plugins,
+        "entries",
+        lambda group: {**held, **brought} if group == plugins.RUNTIMES else commands,
+    )
+    return runtime
+
+
+@pytest.fixture
+def predict() -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """The fake runtime's network, unspoiled."""
+    return _predict
+
+
+@pytest.fixture
+def make(tmp_path: Path, fake: FakeRuntime) -> Callable[..., Path]:
+    """Write a bundle of artifacts name: (runtime, precision), all with the same network."""
+    return lambda artifacts, name="bundle": _write(tmp_path / name, artifacts)
+
+
+@pytest.fixture
+def handmade(make: Callable[..., Path]) -> Path:
+    """A bundle with one exact float32 artifact for ``fake``."""
+    return make({"fake-float32": ("fake", "float32")})
+
+
+def _write(root: Path, artifacts: dict[str, tuple[str, str]]) -> Path:
+    held = {}
+    for name, (runtime, precision) in artifacts.items():
+        path = root / runtime / precision / f"{len(held)}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("weights")
+        file = bundles.NetworkFile(path.relative_to(root).as_posix(), SIGNATURE)
+        held[name] = bundles.Artifact(name, runtime, runtime, precision, {"denoiser": file})
+    network = CheckedNetwork("denoiser", SIGNATURE, _predict)
+    golden = probes.record_golden(TABLE, {"denoiser": network}, GOLDEN_SEEDS, GOLDEN_CONDITIONS)
+    probes.save_probes(golden, root / bundles.GOLDEN)
+    bundles.write_manifest(bundles.Bundle(root, "handmade", "f" * 64, TABLE, held))
+    return root
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process; gives status, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = cli.main([str(item) for item in arguments])
+        return status, *capsys.readouterr()
+
+    return call

@@ -1,0 +1,189 @@
+"""`edgedistill sample` and `edgedistill parity` on a hand-written bundle and on the exported one."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import edgedistill
+
+
+def test_sample_writes_an_enlarged_sheet_and_says_what_it_made(run, handmade, tmp_path):
+    status, out, err = run(
+        "sample", handmade, "--runtime", "fake", "-n", 9, "-o", tmp_path / "g.png"
+    )
+    assert (status, err) == (0, "")
+    assert "9 samples of handmade (fake-float32, 2 evaluations each) on numpy in" in out
+    scale = -(-256 // 24)
+    with Image.open(tmp_path / "g.png") as sheet:
+        assert sheet.size == (3 * (8 * scale + 1) + 1,) * 2
+
+
+def test_sample_json_and_arrays_are_those_of_the_python_face(run, handmade, tmp_path):
+    arrays = tmp_path / "a.npy"
+    words = ["sample", handmade, "-n", 4, "--seed", 5, "-o", tmp_path / "g.png", "--npy", arrays]
+    status, out, _ = run(*words, "--class", 2, 0, "--guidance_scale", 3, "--json", "--threads", 1)
+    made = json.loads(out)
+    assert status == 0
+    assert (made["samples"], made["seed"], made["nfe"]) == (4, 5, 2)
+    assert (made["runtime"], made["npy"]) == ("fake", str(arrays))
+    pipeline = edgedistill.load(handmade, runtime="fake")
+    expected = pipeline(4, seed=5, guidance_scale=3.0, class_labels=[2, 0, 2, 0])
+    assert np.array_equal(np.load(arrays), expected.array)
+
+
+def test_runtime_options_reach_the_runtime(run, handmade, fake, tmp_path):
+    words = ["--device", "GPU", "--threads", 2, "-o", tmp_path / "g.png", "-n", 1, "--scale", 1]
+    assert run("sample", handmade, *words)[0] == 0
+    assert fake.options == {"device": "GPU", "threads": 2}
+    with Image.open(tmp_path / "g.png") as sheet:
+        assert sheet.size == (10, 10)
+
+
+def test_seeds_make_a_sample_the_same_in_every_batch(handmade):
+    pipeline = edgedistill.load(handmade, runtime="fake")
+    many = pipeline(5, seed=3, class_labels=1).array
+    assert np.array_equal(many[2:3], pipeline(seed=np.int64(5), class_labels=1).array)
+    assert np.array_equal(many[[4, 0]], pipeline(seed=[7, 3], class_labels=1).array)
+
+
+def test_parity_of_an_exact_runtime_passes_with_infinite_db(run, handmade):
+    status, out, err = run("parity", handmade, "--json")
+    report = json.loads(out)
+    (artifact,) = report["artifacts"]
+    assert (status, err, report["ok"], artifact["verdict"]) == (0, "", True, "ok")
+    assert [row["teacher_forced"]["raw"]["snr_db"] for row in artifact["rows"]] == [999.0, 999.0]
+    assert [row["timestep"] for row in artifact["rows"]] == [999.0, 499.0]
+    assert artifact["image"] == {"snr_db": 999.0, "psnr_db": 999.0, "max_abs": 0.0, "cosine": 1.0}
+    assert artifact["sensitivity"] == pytest.approx({"class_labels": 1.0, "w": 1.0}, abs=1e-12)
+    assert report["floors"]["float32"]["raw"] == 100.0
+
+
+def test_parity_table_names_every_artifact_once(run, handmade):
+    status, out, _ = run("parity", handmade)
+    lines = out.splitlines()
+    assert status == 0
+    assert lines[0] == "handmade, 4 samples from the same noise"
+    assert [line.split()[0] for line in lines[2:5]] == ["artifact", "-" * 12, "fake-float32"]
+    assert lines[4].split()[-1] == "ok"
+
+
+def test_an_error_in_one_row_is_named_with_its_row_and_floor(run, handmade, fake):
+    """A relative error of 1e-3 in the second row is 60 dB there, and leaves the first row alone."""
+    fake.spoil = lambda raw, feeds: raw * (1.001 if feeds["timestep"][0] < 500 else 1.0)
+    status, out, err = run("parity", handmade)
+    assert status == 1
+    assert "60.0 @1" in out
+    assert err.splitlines()[0] == (
+        "edgedistill: fake float32 'fake-float32': 60.0 dB SNR at row 1 (teacher-forced) "
+        "against the reference, at least 100.0 dB is required."
+    )
+    assert "row 0" not in err
+
+
+def test_teacher_forcing_hides_earlier_errors_and_free_running_shows_them(run, handmade, fake):
+    fake.spoil = lambda raw, feeds: raw * (1.001 if feeds["timestep"][0] > 500 else 1.0)
+    (artifact,) = json.loads(run("parity", handmade, "--json")[1])["artifacts"]
+    first, second = artifact["rows"]
+    assert first["teacher_forced"]["raw"]["snr_db"] == pytest.approx(60.0, abs=0.01)
+    assert second["teacher_forced"]["raw"]["snr_db"] == 999.0
+    assert 40 < second["free_running"]["next"]["snr_db"] < 80
+
+
+def test_a_collapsed_response_fails_although_every_db_floor_holds(run, make, fake, predict):
+    """The guidance weight moves the prediction a tenth as far as it should; 0.3 off is allowed to int8."""
+    bundle = make({"fake-int8": ("fake", "int8")})
+
+    def collapse(share):
+        return lambda raw, feeds: (
+            raw + share * (predict({**feeds, "w": feeds["w"] * 0 + 1})["out_sample"] - raw)
+        )
+
+    fake.spoil = collapse(0.1)
+    assert run("parity", bundle)[0] == 0
+    fake.spoil = collapse(0.9)
+    status, _, err = run("parity", bundle)
+    (sentence,) = err.splitlines()
+    assert status == 1
+    assert re.search(r"a change of `w` moves the samples 0\.1\d\d times as far", sentence)
+
+
+def test_a_broken_network_fails_its_artifact_and_not_the_run(run, make, fake):
+    bundle = make({"good": ("fake", "int8"), "bad": ("fake", "float32")})
+    calls = []
+
+    def break_second(raw, feeds):
+        calls.append(1)
+        return raw * np.float32("nan") if len(calls) > 4 else raw
+
+    fake.spoil = break_second
+    status, out, err = run("parity", bundle, "--json")
+    assert status == 1
+    assert [item["verdict"] for item in json.loads(out)["artifacts"]] == ["ok", "failed"]
+    assert "fake float32 'bad': Network `denoiser` returned NaN or infinity" in err
+
+
+def test_a_missing_runtime_is_skipped_with_its_pip_line_unless_asked_for(run, make):
+    bundle = make({"here": ("fake", "float32"), "gone": ("absent", "float32")})
+    status, out, err = run("parity", bundle)
+    assert (status, err) == (0, "")
+    assert (
+        'gone skipped: `no_such_package` is not installed; run: pip install "edgedistill[absent]".'
+        in out
+    )
+    status, out, err = run("parity", bundle, "--runtime", "absent")
+    assert (status, out) == (2, "")
+    assert "no_such_package" in err
+    assert run("parity", bundle, "--artifact", "gone")[0] == 2
+
+
+def test_two_bundles_of_one_student_land_in_one_report(run, make):
+    first = make({"a": ("fake", "float32")}, "first")
+    second = make({"a": ("fake", "float32"), "b": ("fake", "int8")}, "second")
+    report = json.loads(run("parity", first, second, "--json")[1])
+    assert [item["name"] for item in report["artifacts"]] == ["a", "b"]
+    assert set(report["floors"]) == {"float32", "int8"}
+
+
+class _Page(HTMLParser):
+    """Collects tags, and every address that a page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_holds_everything_and_fetches_nothing(run, make, fake, tmp_path):
+    fake.spoil = lambda raw, feeds: raw + np.float32(1e-6)
+    bundle = make({"a<b": ("fake", "float32"), "gone": ("absent", "int8")})
+    status, _, err = run("parity", bundle, "--report", tmp_path / "p.html")
+    assert (status, err) == (0, "")
+    html = (tmp_path / "p.html").read_text()
+    page = _Page()
+    page.feed(html)
+    assert "a&lt;b" in html
+    assert "a<b" not in html
+    assert page.tags.count("svg") == 2
+    assert page.tags.count("img") == 3
+    assert "script" not in page.tags
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "url(" not in html
+    assert "white = 2e-06" in html
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_parity_of_the_exported_bundle(run, bundle, runtime):
+    status, out, err = run("parity", bundle, "--runtime", runtime, "--json")
+    assert (status, err) == (0, "")
+    for artifact in json.loads(out)["artifacts"]:
+        worst = min(row["teacher_forced"]["raw"]["snr_db"] for row in artifact["rows"])
+        assert worst >= {"float32": 100, "float16": 50}[artifact["precision"]]
+        assert artifact["call_ms"] > 0
