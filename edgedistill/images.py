@@ -35,6 +35,7 @@ def grid(
     columns: int | None = None,
     value_range: Sequence[float] = (-1.0, 1.0),
     scale: int = 1,
+    rule: int = 96,
 ) -> "Image":
     """Lay samples out in rows with one pixel between them.
 
@@ -43,6 +44,7 @@ def grid(
         columns: Samples per row; None: as square as it gets.
         value_range: Black and white.
         scale: Whole factor by which each pixel is repeated.
+        rule: Grey, 0 to 255, of the lines between the samples.
     """
     from PIL import Image
 
@@ -50,7 +52,7 @@ def grid(
     count, height, width, channels = pixels.shape
     columns = columns or int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
-    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), 96, np.uint8)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, channels), rule, np.uint8)
     for index, picture in enumerate(pixels):
         top, left = 1 + index // columns * (height + 1), 1 + index % columns * (width + 1)
         sheet[top : top + height, left : left + width] = picture

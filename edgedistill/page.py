@@ -74,7 +74,10 @@ def details(summary: str, *parts: str) -> Html:
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    left: Sequence[int] = (0,),
+    prose: Sequence[int] = (),
 ) -> Html:
     """Return a table that scrolls sideways where the screen is narrow.
 
@@ -82,13 +85,12 @@ def table(
         headers: One per column.
         rows: Cells, text or HTML.
         left: Columns of words; all others hold numbers and go to the right.
+        prose: Columns of sentences, which are broken into lines.
     """
+    kinds = {**dict.fromkeys(left, ' class="left"'), **dict.fromkeys(prose, ' class="prose"')}
 
     def line(cells: Sequence[str], tag: str) -> str:
-        made = [
-            f"<{tag}{' class=left' if i in left else ''}>{text(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        ]
+        made = [f"<{tag}{kinds.get(i, '')}>{text(cell)}</{tag}>" for i, cell in enumerate(cells)]
         return f"<tr>{''.join(made)}</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
@@ -133,7 +135,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
+main { max-width: 80rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: .5rem 0 .75rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p, ul { max-width: 46rem; margin: .4rem 0 .8rem; }
@@ -142,19 +144,20 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; ove
 .muted, figcaption { color: var(--soft); }
 .wide { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .38rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
+th, td { padding: .38rem .55rem; text-align: right; vertical-align: top; white-space: nowrap;
   border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child { padding-left: 0; }
-.left { text-align: left; }
-td.left { white-space: normal; min-width: 6rem; }
+.left, th.prose { text-align: left; }
+td.prose { white-space: normal; min-width: 16rem; text-align: left; }
 tbody tr:hover { background: var(--raised); }
 .badge { display: inline-block; padding: 0 .5em; border-radius: .3em; font-weight: 600; font-size: .92em;
   white-space: nowrap; background: var(--raised); color: var(--soft); }
 .badge.good { background: var(--good-ground); color: var(--good); }
 .badge.bad { background: var(--bad-ground); color: var(--bad); }
 .gallery { display: flex; flex-wrap: wrap; gap: 1.25rem; margin: .8rem 0; }
-.gallery figure { max-width: 100%; }
+.gallery > * { width: 240px; }
+.gallery figure + figure { margin-top: .6rem; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; margin-top: .35rem; max-width: 20rem; }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 3px; }
@@ -164,6 +167,7 @@ svg { display: block; min-width: 36rem; width: 100%; height: auto; font: 12px sy
 svg text { fill: var(--soft); }
 svg .grid { stroke: var(--rule); }
 svg .floor { stroke: var(--bad); stroke-dasharray: 2 4; }
+svg .name { font-size: 10px; paint-order: stroke; stroke: var(--ground); stroke-width: 4px; }
 svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 """ + "\n".join(
     f"svg .s{i} {{ stroke: var(--c{i}); }} svg .s{i} circle, svg text.s{i} {{ fill: var(--c{i}); stroke: none; }}"

@@ -8,7 +8,6 @@ from edgedistill.page import Html, text
 
 _WIDTH, _HEIGHT = 860, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 190, 24, 44
-_LABEL_GAP = 15.0
 _COLOURS = 8
 
 
@@ -62,11 +61,11 @@ def line_plot(
         [v for line in series.values() for v in line] + list(floors.values()), is_log=is_log
     )
     parts = [_frame(axis, ticks, x_label, y_label)]
-    parts += [_floor(axis, name, value) for name, value in floors.items()]
     parts += [
         _line(axis, name, values, ticks, index)
         for index, (name, values) in enumerate(series.items())
     ]
+    parts += _floors(axis, floors)
     parts += _labels(axis, series)
     return Html(
         f'<div class="wide"><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -115,12 +114,17 @@ def _frame(axis: Axis, ticks: Sequence[str], x_label: str, y_label: str) -> str:
     return "".join(lines + names) + titles
 
 
-def _floor(axis: Axis, name: str, value: float) -> str:
-    y = axis.height(value)
-    return (
+def _floors(axis: Axis, floors: Mapping[str, float]) -> list[str]:
+    heights = {name: axis.height(value) for name, value in floors.items()}
+    lines = [
         f'<line class="floor" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{_LEFT + 4}" y="{y - 4:.1f}" font-size="10">{text(name)}</text>'
-    )
+        for y in heights.values()
+    ]
+    names = [
+        f'<text class="name" x="{_LEFT + 24}" y="{y + 3:.1f}">{text(name)}</text>'
+        for name, y in _apart(heights, 11.0).items()
+    ]
+    return lines + names
 
 
 def _line(
@@ -142,17 +146,26 @@ def _line(
 
 
 def _labels(axis: Axis, series: Mapping[str, Sequence[float | None]]) -> list[str]:
-    """Name each line at its right end, pushed apart where ends lie close together."""
-    ends = []
-    for index, (name, values) in enumerate(series.items()):
-        last = next((v for v in reversed(values) if v is not None), None)
-        if last is not None:
-            ends.append((axis.height(last), index, name))
-    labels, lowest = [], -math.inf
-    overflow = max(0.0, len(ends) * _LABEL_GAP - (_HEIGHT - _TOP))
-    for y, index, name in sorted(ends):
-        lowest = max(y - overflow, lowest + _LABEL_GAP)
-        labels.append(
-            f'<text class="s{index % _COLOURS}" x="{_WIDTH - _RIGHT + 12}" y="{lowest + 4:.1f}">{text(name)}</text>'
-        )
-    return labels
+    """Name each line at its right end."""
+    ends = {
+        name: axis.height(next(v for v in reversed(values) if v is not None))
+        for name, values in series.items()
+        if any(v is not None for v in values)
+    }
+    heights = _apart(ends, 15.0)
+    return [
+        f'<text class="s{index % _COLOURS}" x="{_WIDTH - _RIGHT + 12}" y="{heights[name] + 4:.1f}">'
+        f"{text(name)}</text>"
+        for index, name in enumerate(series)
+        if name in heights
+    ]
+
+
+def _apart(heights: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Push labels apart, upwards from the lowest, which stays above the axis."""
+    placed: dict[str, float] = {}
+    limit = float(_HEIGHT - _BOTTOM)
+    for name in sorted(heights, key=lambda key: -heights[key]):
+        placed[name] = min(heights[name], limit)
+        limit = placed[name] - gap
+    return placed

@@ -7,7 +7,7 @@ import numpy as np
 
 from edgedistill import images, page
 from edgedistill.page import Html
-from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
+from edgedistill.parity import ParityReport, RowParity, floor_of
 from edgedistill.plot import line_plot
 
 from .summary import HEADERS, LEGEND, cells, decibel, required
@@ -15,6 +15,7 @@ from .summary import HEADERS, LEGEND, cells, decibel, required
 _MOODS = {"ok": "good", "failed": "bad", "skipped": "none"}
 _SHOWN = 16
 _GRID_WIDTH = 240
+_DARK = 32
 
 
 def render(report: ParityReport) -> str:
@@ -37,11 +38,14 @@ def render(report: ParityReport) -> str:
 def summary(report: ParityReport) -> Html:
     """Return the table with one line per artifact."""
     width = report.value_range[1] - report.value_range[0]
-    lines = [[*cells(item)[:-1], _badge(item)] for item in report.artifacts]
+    verdict = HEADERS.index("verdict")
+    lines = [cells(item) for item in report.artifacts]
+    for line in lines:
+        line[verdict] = page.badge(line[verdict], _MOODS[line[verdict]])
     skipped = [f"{item.name}: {item.skipped}" for item in report.artifacts if item.skipped]
     return page.section(
         "Every artifact against PyTorch",
-        page.table(HEADERS, lines, left=(0, 1, 2, len(HEADERS) - 1)),
+        page.table(HEADERS, lines, left=(0, 1, 2, 3)),
         page.bullets(skipped) if skipped else "",
         page.paragraph(page.muted(LEGEND.format(peak=width, batch=report.batch))),
     )
@@ -54,7 +58,7 @@ def rows(report: ParityReport) -> Html:
         page.paragraph(
             "Teacher-forced: every row is fed the reference's state, so that only the network's own error "
             "shows. Free-running: each row goes on from the last, so that errors pile up. "
-            "Dashed: what each precision must reach."
+            "Dashed: what each precision must reach. On the upper edge: no bit differs."
         ),
         _plot(report, "raw prediction, teacher-forced", _forced_db, lambda f: floor_of(f).raw),
         _plot(report, "state, free-running", _free_db, lambda f: floor_of(f).free),
@@ -72,7 +76,7 @@ def samples(report: ParityReport) -> Html:
             shown = item.output[:_SHOWN]
             note = f"{decibel(item.image.snr_db if item.image else None)} dB SNR"
             grids = _grid(shown, report, item.name, note)
-            figures.append(page.joined(grids, _difference(reference, shown, item.name)))
+            figures.append(page.joined(grids, _difference(reference, shown, item.name, report)))
     return page.section(
         "Samples from the same noise",
         page.paragraph(
@@ -129,10 +133,6 @@ def _verdict(report: ParityReport) -> Html:
     return page.joined(mark, sentence, student)
 
 
-def _badge(item: ArtifactParity) -> Html:
-    return page.badge(item.verdict, _MOODS[item.verdict])
-
-
 def _plot(
     report: ParityReport,
     title: str,
@@ -172,15 +172,17 @@ def _grid(arrays: np.ndarray, report: ParityReport, title: str, note: str) -> Ht
     return page.picture(sheet, f"samples of {title}", caption, _GRID_WIDTH)
 
 
-def _difference(reference: np.ndarray, got: np.ndarray, title: str) -> Html:
+def _difference(reference: np.ndarray, got: np.ndarray, title: str, report: ParityReport) -> Html:
     """Show the absolute difference; white stands for its largest value, rounded up to 1, 2 or 5."""
     apart = np.abs(got - reference).max(axis=1, keepdims=True)
     largest = float(apart.max())
     if largest == 0:
         return Html("<figure><figcaption>No difference in any bit.</figcaption></figure>")
     white = _round_up(largest)
-    sheet = images.grid(apart, value_range=(0.0, white))
-    caption = f"difference, white = {white:g} (amplified {1 / white:.3g} times)"
+    times = (report.value_range[1] - report.value_range[0]) / white
+    sheet = images.grid(apart, value_range=(0.0, white), rule=_DARK)
+    shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    caption = f"difference, amplified {shown} times: white = {white:g}"
     return page.picture(sheet, f"difference of {title} from the reference", caption, _GRID_WIDTH)
 
 
@@ -207,5 +209,5 @@ def _floors(report: ParityReport) -> Html:
     lines = [[p, required(floor_of(p)), floor_of(p).reason] for p in report.precisions]
     return page.section(
         "What is required, and why",
-        page.table(("precision", "at least", "because"), lines, left=(0, 1, 2)),
+        page.table(("precision", "at least", "because"), lines, left=(0,), prose=(1, 2)),
     )

@@ -1,11 +1,10 @@
 """The parity report in rows of text, for the terminal and the page alike."""
 
-import math
-
-from edgedistill.parity import Agreement, ArtifactParity, Floor
+from edgedistill.parity import ArtifactParity, Floor
 
 HEADERS = (
     "artifact",
+    "verdict",
     "runtime",
     "precision",
     "MiB",
@@ -14,16 +13,15 @@ HEADERS = (
     "image dB",
     "PSNR dB",
     "max abs",
-    "cosine",
+    "1-cos",
     "gain",
     "ms/call",
-    "verdict",
 )
 LEGEND = (
     "forced dB: SNR of the worst row's prediction, each row fed the reference's state, and that row (@). "
     "free dB: SNR of the worst row's state when the artifact runs by itself. "
-    "image dB, PSNR dB (peak {peak:g}), max abs, cosine: the finished samples. "
-    "gain: response to a changed condition against the reference's, 1 is the same. "
+    "image dB, PSNR dB (peak {peak:g}), max abs, 1-cos (one minus the cosine): the finished "
+    "samples. gain: how far a changed condition moves the samples, the reference being 1; the worst condition. "
     "ms/call: median time of one network evaluation at batch {batch}."
 )
 
@@ -33,6 +31,7 @@ def cells(item: ArtifactParity) -> list[str]:
     image = item.image
     return [
         item.name,
+        item.verdict,
         item.runtime,
         item.precision,
         f"{item.size / 2**20:.2f}",
@@ -41,25 +40,15 @@ def cells(item: ArtifactParity) -> list[str]:
         decibel(image.snr_db if image else None),
         decibel(image.psnr_db if image else None),
         f"{image.max_abs:.2g}" if image else "-",
-        cosine(image),
-        " ".join(f"{gain:.3f}" for gain in item.sensitivity.values()) or "-",
+        f"{max(0.0, 1 - image.cosine):.1g}" if image else "-",
+        _gain(item),
         "-" if item.call_ms is None else f"{item.call_ms:.3g}",
-        item.verdict,
     ]
 
 
 def decibel(value: float | None) -> str:
     """Write dB with one digit; a dash for none, ``inf`` for equal bits."""
     return "-" if value is None else f"{value:.1f}"
-
-
-def cosine(agreement: Agreement | None) -> str:
-    """Write a cosine with as many digits as its distance from 1 needs."""
-    if agreement is None:
-        return "-"
-    distance = abs(1 - agreement.cosine)
-    digits = 4 if distance > 1e-4 else min(10, 1 - math.floor(math.log10(max(distance, 1e-9))))
-    return f"{agreement.cosine:.{digits}f}"
 
 
 def required(floor: Floor) -> str:
@@ -72,3 +61,8 @@ def required(floor: Floor) -> str:
 
 def _worst(found: tuple[int, float] | None) -> str:
     return "-" if found is None else f"{found[1]:.1f} @{found[0]}"
+
+
+def _gain(item: ArtifactParity) -> str:
+    worst = max(item.sensitivity.values(), key=lambda gain: abs(gain - 1), default=None)
+    return "-" if worst is None else f"{worst:.3f}"

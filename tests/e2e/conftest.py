@@ -69,7 +69,7 @@ class FakeRuntime:
 
     def __init__(self) -> None:
         self.options = {}
-        self.spoil = lambda raw, feeds: raw
+        self.spoil = lambda raw, _feeds: raw
 
     def open(self, path, signature, options):
         assert path.read_text() == "weights"
@@ -84,7 +84,7 @@ class FakeRuntime:
 class AbsentRuntime:
     """A runtime whose package is not installed."""
 
-    def open(self, path, signature, options):
+    def open(self, *_):
         require("no_such_package", "absent")
 
     def describe(self) -> str:
@@ -118,6 +118,7 @@ def predict() -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
 @pytest.fixture
 def make(tmp_path: Path, fake: FakeRuntime) -> Callable[..., Path]:
     """Write a bundle of artifacts name: (runtime, precision), all with the same network."""
+    assert fake.describe() == "numpy"
     return lambda artifacts, name="bundle": _write(tmp_path / name, artifacts)
 
 

@@ -68,7 +68,7 @@ def test_parity_table_names_every_artifact_once(run, handmade):
     assert status == 0
     assert lines[0] == "handmade, 4 samples from the same noise"
     assert [line.split()[0] for line in lines[2:5]] == ["artifact", "-" * 12, "fake-float32"]
-    assert lines[4].split()[-1] == "ok"
+    assert lines[4].split()[1:6] == ["ok", "fake", "float32", "0.00", "inf"]
 
 
 def test_an_error_in_one_row_is_named_with_its_row_and_floor(run, handmade, fake):
@@ -115,7 +115,7 @@ def test_a_broken_network_fails_its_artifact_and_not_the_run(run, make, fake):
     bundle = make({"good": ("fake", "int8"), "bad": ("fake", "float32")})
     calls = []
 
-    def break_second(raw, feeds):
+    def break_second(raw, _feeds):
         calls.append(1)
         return raw * np.float32("nan") if len(calls) > 4 else raw
 
@@ -162,7 +162,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_holds_everything_and_fetches_nothing(run, make, fake, tmp_path):
-    fake.spoil = lambda raw, feeds: raw + np.float32(1e-6)
+    fake.spoil = lambda raw, _: raw + np.float32(1e-6)
     bundle = make({"a<b": ("fake", "float32"), "gone": ("absent", "int8")})
     status, _, err = run("parity", bundle, "--report", tmp_path / "p.html")
     assert (status, err) == (0, "")

@@ -1,0 +1,186 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from edgedistill.errors import ConfigError, ContractError
+from edgedistill.parity import (
+    FLOORS,
+    Agreement,
+    ArtifactParity,
+    ParityReport,
+    RowParity,
+    compare,
+    cosine,
+    floor_of,
+    psnr_db,
+    response_gain,
+    snr_db,
+)
+
+RANDOM = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+EXACT = Agreement(math.inf, 0.0, 1.0)
+
+
+def _agreement(snr: float) -> Agreement:
+    return Agreement(snr, 0.25, 0.5)
+
+
+def _artifact(precision: str = "float32", **changes) -> ArtifactParity:
+    return ArtifactParity("a", "onnxruntime", "onnx", precision, 1024, **changes)
+
+
+def _rows(*forced_and_free: tuple[float, float]) -> tuple[RowParity, ...]:
+    return tuple(
+        RowParity(i, 999.0, _agreement(forced), EXACT, EXACT, _agreement(free))
+        for i, (forced, free) in enumerate(forced_and_free)
+    )
+
+
+def test_snr_of_a_hand_computed_case():
+    assert snr_db(np.array([3.0, 4.0]), np.array([3.0, 4.5])) == pytest.approx(20.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e20])
+def test_snr_is_free_of_scale(scale):
+    noisy = RANDOM * 1.01
+    wanted = snr_db(RANDOM.astype(np.float64), noisy.astype(np.float64))
+    got = snr_db(RANDOM.astype(np.float64) * scale, noisy.astype(np.float64) * scale)
+    assert got == pytest.approx(wanted, abs=1e-6)
+
+
+def test_snr_sees_differences_that_float32_would_lose():
+    assert snr_db(np.float32([1e8]), np.float64([1e8 + 1])) == pytest.approx(160.0, abs=1e-6)
+
+
+def test_snr_at_the_ends():
+    assert snr_db(RANDOM, RANDOM) == math.inf
+    assert snr_db(np.zeros(3), np.zeros(3)) == math.inf
+    assert snr_db(np.zeros(3), np.ones(3)) == -math.inf
+    assert snr_db(np.ones(3), np.zeros(3)) == pytest.approx(0.0)
+
+
+def test_psnr_of_a_hand_computed_case_with_its_peak():
+    got = RANDOM + np.float32(0.02)
+    assert psnr_db(RANDOM, got, peak=2.0) == pytest.approx(40.0, abs=1e-3)
+    assert psnr_db(RANDOM, got, peak=1.0) == pytest.approx(40.0 - 20 * math.log10(2), abs=1e-3)
+
+
+def test_cosine_of_known_angles():
+    x = np.array([[1.0, 0.0]])
+    assert cosine(x, np.array([[1.0, 1.0]])) == pytest.approx(math.sqrt(0.5))
+    assert cosine(x, -x) == -1.0
+    assert cosine(x, np.array([[0.0, 2.0]])) == 0.0
+    assert cosine(x, 0 * x) == 0.0
+
+
+def test_gain_is_blind_to_noise_that_has_nothing_to_do_with_the_response():
+    response, noise = RANDOM, np.random.default_rng(1).standard_normal(RANDOM.shape)
+    noise -= response * float((noise * response).sum() / (response * response).sum())
+    assert response_gain(response, 0.25 * response + 3 * noise) == pytest.approx(0.25, abs=1e-6)
+    assert response_gain(response, noise) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gain_needs_a_response():
+    with pytest.raises(ContractError, match="does not depend on this condition"):
+        response_gain(np.zeros(4), np.ones(4))
+
+
+def test_compare_gathers_all_measures():
+    got = RANDOM.copy()
+    got[1, 2, 3, 4] += 0.5
+    found = compare(RANDOM, got, peak=2.0)
+    assert found.max_abs == pytest.approx(0.5, abs=1e-6)
+    assert found.snr_db == snr_db(RANDOM, got)
+    assert found.psnr_db == psnr_db(RANDOM, got, 2.0)
+    assert compare(RANDOM, got).psnr_db is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_compare_refuses_what_is_not_finite(value):
+    with pytest.raises(ContractError, match="NaN or infinity"):
+        compare(np.ones(2), np.array([1.0, value]))
+
+
+def test_compare_refuses_other_shapes():
+    with pytest.raises(ContractError, match=r"one shape, got \(2,\) and \(1, 2\)"):
+        compare(np.ones(2), np.ones((1, 2)))
+
+
+def test_floors_fall_from_the_network_to_the_samples_and_give_a_reason():
+    for floor in FLOORS.values():
+        assert floor.raw >= floor.free >= floor.image > 0
+        assert 0 < floor.sensitivity < 1
+        assert len(floor.reason) > 30
+    assert (FLOORS["float32"].raw, FLOORS["float16"].raw) == (100.0, 50.0)
+
+
+def test_an_unknown_precision_has_no_floor():
+    with pytest.raises(ConfigError, match="No parity floor for precision 'int2'"):
+        floor_of("int2")
+
+
+def test_failures_name_the_worst_row_its_value_and_its_floor():
+    artifact = _artifact(rows=_rows((120.0, 120.0), (99.9, 60.0), (101.0, 59.0)))
+    assert artifact.verdict == "failed"
+    assert artifact.failures == (
+        "onnxruntime float32 'a': 99.9 dB SNR at row 1 (teacher-forced) against the reference, "
+        "at least 100.0 dB is required.",
+        "onnxruntime float32 'a': 59.0 dB SNR at row 2 (free-running) against the reference, "
+        "at least 100.0 dB is required.",
+    )
+
+
+def test_the_floor_itself_passes():
+    rows = _rows((100.0, 100.0))
+    artifact = _artifact(rows=rows, image=_agreement(100.0), sensitivity={"w": 1.001 - 1e-12})
+    assert (artifact.failures, artifact.verdict) == ((), "ok")
+
+
+def test_samples_and_sensitivity_fail_by_themselves():
+    artifact = _artifact("int8", image=_agreement(9.9), sensitivity={"class": 0.05, "w": 1.0})
+    first, second = artifact.failures
+    assert "9.9 dB SNR of the samples against the reference, at least 10.0 dB" in first
+    assert "a change of `class` moves the samples 0.050 times as far" in second
+    assert "0.700 to 1.300 is required" in second
+
+
+def test_rows_without_a_network_count_free_running_only():
+    row = RowParity(0, None, None, None, EXACT, _agreement(120.0))
+    artifact = _artifact(rows=(row,))
+    assert artifact.worst_forced is None
+    assert artifact.worst_free == (0, 120.0)
+    assert artifact.verdict == "ok"
+
+
+def test_report_is_ok_only_when_something_ran_and_nothing_failed():
+    good, skipped = _artifact(rows=_rows((120.0, 120.0))), _artifact(skipped="not installed")
+    bad = _artifact(broken="it broke")
+
+    def report(*artifacts: ArtifactParity) -> ParityReport:
+        return ParityReport("student", "f" * 64, 4, (-1.0, 1.0), artifacts)
+
+    assert report(good, skipped).ok
+    assert not report(skipped).ok
+    assert not report(good, bad).ok
+    assert report(good, bad).failures == ("onnxruntime float32 'a': it broke",)
+
+
+def test_json_is_plain_and_holds_every_number():
+    artifact = _artifact(
+        rows=_rows((math.inf, 101.5)), image=_agreement(-math.inf), output=RANDOM, call_ms=1.5
+    )
+    report = ParityReport("student", "f" * 64, 2, (-1.0, 1.0), (artifact,), {"numpy": "2"}, RANDOM)
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    (item,) = data["artifacts"]
+    assert item["rows"][0]["teacher_forced"]["raw"]["snr_db"] == 999.0
+    assert item["rows"][0]["free_running"]["next"] == {
+        "snr_db": 101.5,
+        "max_abs": 0.25,
+        "cosine": 0.5,
+    }
+    assert item["image"]["snr_db"] == -999.0
+    assert (item["verdict"], item["call_ms"], item["size"]) == ("failed", 1.5, 1024)
+    assert data["floors"]["float32"]["reason"] == FLOORS["float32"].reason
+    assert "output" not in item
