@@ -1,15 +1,19 @@
 """Sampler tables from diffusers scheduler configurations."""
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, Unpack
 
-from edgedistill.errors import ConfigError
-from edgedistill.rows import CallOptions, ddim_row
-from edgedistill.schedule import Schedule
-from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+import numpy as np
 
-Trail = tuple[list[Row], float]  # the rows, and the scale of the first noise
+from edgedistill.errors import ConfigError
+from edgedistill.rows import CallOptions, Trail, consistency_row, ddim_row, jump_and_noise_row
+from edgedistill.schedule import Schedule, check_num_steps
+from edgedistill.solvers import dpm_rows, euler_rows
+from edgedistill.table import Condition, Guidance, SamplerTable, Stage
+
 Build = Callable[[Mapping[str, Any], int, CallOptions], Trail]
 
 
@@ -74,8 +78,9 @@ def compile_scheduler(
     kind = prediction_type or config.get("prediction_type") or "epsilon"
     full = {**family.defaults, **config, "_class_name": name, "prediction_type": kind, "eta": eta}
     for key, values in family.supported.items():
-        if full.get(key) not in values:
-            msg = f"`{key}` of a {name} must be {' or '.join(map(repr, values))} here, got {full[key]!r}."
+        if (value := full.get(key)) not in values:
+            allowed = " or ".join(repr(item) for item in values if item is not None)
+            msg = f"`{key}` of a {name} must be {allowed} to be compiled, got {value!r}."
             raise ConfigError(msg)
     guidance = fields.get("guidance", Guidance())
     scale = guidance.default if guidance.mode == "cfg" else None
@@ -94,10 +99,14 @@ def compile_scheduler(
 
 
 def _plain(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the configuration as JSON data, without diffusers' private keys."""
-    public = {key: value for key, value in config.items() if not key.startswith("_")}
-    if public.get("trained_betas") is not None:
-        public["trained_betas"] = [float(beta) for beta in public["trained_betas"]]
+    """Return the configuration as JSON data, without diffusers' private keys and infinite defaults."""
+    public = {
+        key: [float(item) for item in value]
+        if key == "trained_betas" and value is not None
+        else value
+        for key, value in config.items()
+        if not key.startswith("_") and not (isinstance(value, float) and math.isinf(value))
+    }
     return {"_class_name": name, **public}
 
 
@@ -120,15 +129,105 @@ def _ddim(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trai
     return rows, 1.0
 
 
+def _lcm(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    schedule = Schedule.from_config(full)
+    times = _distilled_times(full, num_steps, schedule.num_train_timesteps)
+    options = _clipped(full, options)
+    rows = [
+        consistency_row(
+            schedule,
+            t,
+            s,
+            full["prediction_type"],
+            index,
+            timestep_scaling=full["timestep_scaling"],
+            **options,
+        )
+        for index, (t, s) in enumerate(itertools.pairwise([*times, -1]), start=1)
+    ]
+    return rows, 1.0
+
+
+def _tcd(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    """Build TCD's rows (Zheng et al. 2024, arXiv:2402.19159); the last one ends at timestep 0, not after it."""
+    schedule = Schedule.from_config(full)
+    times = _distilled_times(full, num_steps, schedule.num_train_timesteps)
+    left = np.float32(1 - full["eta"])
+    rows = [
+        jump_and_noise_row(
+            schedule, t, int(left * np.float32(s)), s, full["prediction_type"], index, **options
+        )
+        for index, (t, s) in enumerate(itertools.pairwise([*times, 0]), start=1)
+    ]
+    return rows, 1.0
+
+
+def _distilled_times(full: Mapping[str, Any], num_steps: int, T: int) -> list[int]:
+    """Choose evenly from the timesteps that the model was distilled on."""
+    original = full["original_inference_steps"]
+    check_num_steps(original, T)
+    check_num_steps(num_steps, original)
+    trained = np.arange(original, 0, -1) * (T // original) - 1
+    chosen = np.floor(np.linspace(0, original, num_steps, endpoint=False)).astype(np.int64)
+    return [int(t) for t in trained[chosen]]
+
+
+_KINDS = ("epsilon", "sample", "v_prediction")
+_DISTILLED = {
+    "clip_sample": False,
+    "original_inference_steps": 50,
+    "thresholding": False,
+    "timestep_scaling": 10.0,
+}
+_DESCENT = {
+    "beta_schedule": "linear",
+    "final_sigmas_type": "zero",
+    "steps_offset": 0,
+    "timestep_spacing": "linspace",
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+}
+_PLAIN = {"prediction_type": _KINDS, "thresholding": (None, False)}
+_PLAIN_DESCENT = {
+    **_PLAIN,
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "use_beta_sigmas": (None, False),
+    "use_exponential_sigmas": (None, False),
+}
+
 FAMILIES: Mapping[str, Family] = {
     "DDIMScheduler": Family(
-        build=_ddim,
-        defaults={
-            "clip_sample": True,
-            "timestep_spacing": "leading",
-            "steps_offset": 0,
-            "thresholding": False,
+        _ddim,
+        {"clip_sample": True, "steps_offset": 0, "timestep_spacing": "leading"},
+        _PLAIN,
+    ),
+    "LCMScheduler": Family(_lcm, _DISTILLED, _PLAIN),
+    "TCDScheduler": Family(_tcd, _DISTILLED, _PLAIN),
+    "EulerDiscreteScheduler": Family(
+        euler_rows,
+        {**_DESCENT, "interpolation_type": "linear", "timestep_type": "discrete"},
+        {**_PLAIN_DESCENT, "interpolation_type": ("linear",), "timestep_type": ("discrete",)},
+    ),
+    "DPMSolverMultistepScheduler": Family(
+        dpm_rows,
+        {
+            **_DESCENT,
+            "algorithm_type": "dpmsolver++",
+            "euler_at_final": False,
+            "lambda_min_clipped": -math.inf,
+            "lower_order_final": True,
+            "solver_order": 2,
+            "solver_type": "midpoint",
         },
-        supported={"thresholding": (False,)},
+        {
+            **_PLAIN_DESCENT,
+            "algorithm_type": ("dpmsolver++",),
+            "solver_order": (1, 2),
+            "solver_type": ("midpoint",),
+            "use_flow_sigmas": (None, False),
+            "use_lu_lambdas": (None, False),
+            "variance_type": (None, "fixed_small"),
+        },
     ),
 }

@@ -8,7 +8,7 @@ now), ``s`` (time after, -1 for the end).
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 from edgedistill.errors import ConfigError
@@ -17,6 +17,8 @@ from edgedistill.schedule import Schedule
 from edgedistill.table import Next, Row
 
 Range = tuple[float, float]
+Trail = tuple[list[Row], float]  # the rows of a sampler, and the scale of its first noise
+_SIGMA_DATA = 0.5
 
 
 class CallOptions(TypedDict, total=False):
@@ -150,6 +152,45 @@ def return_x0_row(
     """
     note = {"kind": "return_x0", "t": t, "s": -1}
     return mixture_row(schedule, prediction_type, Mixture(1.0), note, **options)
+
+
+def consistency_row(
+    schedule: Schedule,
+    t: int,
+    s: int,
+    prediction_type: str,
+    noise: int,
+    *,
+    timestep_scaling: float = 10.0,
+    **options: Unpack[CallOptions],
+) -> Row:
+    """Build the step t -> s of a consistency model (Luo et al. 2023, arXiv:2310.04378): x0 noised afresh.
+
+    The estimate of x is ``c_skip*z + c_out*x0``, which is z itself at t = 0.
+
+    Args:
+        schedule: The noise schedule.
+        t: Time now.
+        s: Time after; -1 for the end, which returns the estimate.
+        prediction_type: What the network returns.
+        noise: Index into the noise bank; not used where s is the end.
+        timestep_scaling: How fast c_skip falls with t.
+        **options: See `CallOptions`.
+
+    Raises:
+        ConfigError: If the prediction leaves x0 undefined at t.
+    """
+    alpha_s, sigma_s = (1.0, 0.0) if s < 0 else schedule.alpha_sigma(s)
+    note = {"kind": "consistency", "t": t, "s": s, "timestep_scaling": timestep_scaling}
+    row = mixture_row(
+        schedule, prediction_type, Mixture(alpha_s, 0.0, sigma_s, noise), note, **options
+    )
+    scaled = t * timestep_scaling
+    c_skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+    c_out = scaled / math.hypot(scaled, _SIGMA_DATA)
+    if row.clip is None:
+        return replace(row, x0=(c_skip + c_out * row.x0[0], c_out * row.x0[1]))
+    return replace(row, next=replace(row.next, z=alpha_s * c_skip, x0=alpha_s * c_out))
 
 
 def mixture_row(
