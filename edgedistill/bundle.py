@@ -168,7 +168,8 @@ class Bundle:
 
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
-        return sum(_bytes(self.path(net.path)) for net in artifact.networks.values())
+        paths = [self.path(net.path) for net in artifact.networks.values()]
+        return sum(_bytes(item) for path in paths for item in _members(path))
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def write_bundle(
                 _copy(base.root / name, aside / name)
         for artifact in kept.values():
             for network in artifact.networks.values():
-                _copy(base.path(network.path), aside / network.path)
+                for path in _members(base.path(network.path)):
+                    _copy(path, aside / path.relative_to(base.root))
         draft = Draft(aside, dict(kept))
         fill(draft)
         write_manifest(dataclasses.replace(base, root=aside, artifacts=draft.artifacts))
@@ -258,6 +260,12 @@ def _listed(root: Path, path: str, files: Mapping[str, Any]) -> None:
     if not any(name == path or name.startswith(path.rstrip("/") + "/") for name in files):
         msg = f"{root / path}: an artifact names it, but the manifest holds no hash of it; get the bundle anew."
         raise BundleError(msg)
+
+
+def _members(path: Path) -> list[Path]:
+    """Return a network's files: the one it is named by, and weights that lie beside it (``unet.bin``)."""
+    beside = f"{path.stem}."
+    return [item for item in path.parent.iterdir() if item == path or item.name.startswith(beside)]
 
 
 def _bytes(path: Path) -> int:
