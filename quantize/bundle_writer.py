@@ -1,0 +1,239 @@
+"""Bundle to smaller bundle: which artifacts, in what order, each checked before the whole is written."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from edgedistill import plugins
+from edgedistill.bundle import GOLDEN, MANIFEST, Artifact, Bundle, Draft, NetworkFile, write_bundle
+from edgedistill.contract import Feeds
+from edgedistill.errors import BundleError, CheckFailedError, ConfigError, ContractError
+from edgedistill.network import CheckedNetwork
+from edgedistill.parity import compare
+from edgedistill.pipeline import Pipeline
+from edgedistill.probes import load_probes
+from edgedistill.sampler import Network, run_table
+
+from .calibration import calibration_batches
+from .config import FORMATS, WAYS, Config, PtqConfig
+from .with_nncf import Progress, compress_nncf
+
+LEAST_DB = 10.0
+_SOURCES = {"coreml": ("float16", "float32")}
+Call = tuple[Feeds, Feeds]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make.
+
+    Fields:
+        source: The float artifact.
+        result: What it becomes, networks in order, still without `made_with`.
+    """
+
+    source: Artifact
+    result: Artifact
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be made of a bundle.
+
+    Fields:
+        jobs: At least one.
+        left_out: Why not, by format.
+    """
+
+    jobs: tuple[Job, ...]
+    left_out: Mapping[str, str]
+
+
+def plan(bundle: Bundle, config: Config, only: Sequence[str] = ()) -> Plan:
+    """Choose what to make smaller.
+
+    Args:
+        bundle: Holds the float artifacts.
+        config: What to do to them.
+        only: Formats to choose from; none: all that the bundle holds.
+
+    Raises:
+        ConfigError: If nothing can be made, or not of every format in `only`.
+    """
+    if unknown := sorted(set(only) - set(FORMATS)):
+        msg = f"Unknown format {', '.join(map(repr, unknown))}: choose of {', '.join(FORMATS)}."
+        raise ConfigError(msg)
+    way = WAYS[config.precision]
+    held = {item.format for item in bundle.artifacts.values()}
+    jobs, left_out = [], {}
+    for name in only or [name for name in FORMATS if name in held]:
+        source = _source(bundle, name)
+        if name not in way.formats:
+            left_out[name] = way.elsewhere
+        elif source is None:
+            left_out[name] = f"the bundle holds no {' or '.join(_precisions(name))} artifact of it"
+        else:
+            jobs.append(Job(source, _result(source, config.precision)))
+    if not jobs or (only and left_out):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        msg = (
+            f"{bundle.root}: {config.precision} cannot be made ({reasons or 'no format to make it of'}). "
+            f"The bundle holds: {', '.join(bundle.artifacts) or 'nothing'}."
+        )
+        raise ConfigError(msg)
+    return Plan(tuple(jobs), left_out)
+
+
+def quantize_bundle(
+    bundle: Bundle,
+    target: Path,
+    config: Config,
+    *,
+    only: Sequence[str] = (),
+    overwrite: bool = False,
+    progress: Progress = lambda items, _: items,
+) -> Bundle:
+    """Write a bundle with the smaller artifacts and the PyTorch reference.
+
+    A bundle of the same student at `target` keeps what it holds and gets the new artifacts added; it
+    may be `bundle` itself. Nothing at `target` changes unless everything was made and checked.
+
+    Args:
+        bundle: The source.
+        target: Folder to make or to add to.
+        config: What to do.
+        only: As `plan`.
+        overwrite: Replace a bundle of another student.
+        progress: Wraps each sequence that takes time; its second argument says what it is.
+
+    Raises:
+        BundleError: If `target` is something else than a bundle, or one of another student and
+            `overwrite` is not given; or if the bundle holds no probes.
+        CheckFailedError: If a smaller network's answer is not finite or is less than 10 dB SNR from
+            its source's on a held-out call.
+        ConfigError: As `plan`.
+        MissingDependencyError: If a package is not installed.
+    """
+    jobs = plan(bundle, config, only).jobs
+    base, keep = _base(bundle, target, overwrite=overwrite)
+
+    def fill(draft: Draft) -> None:
+        for job in progress(jobs, "quantize"):
+            draft.add(_make(bundle, job, config, draft.root, progress))
+
+    made = {job.result.name for job in jobs}
+    return write_bundle(target, base, fill, [name for name in keep if name not in made])
+
+
+def _base(bundle: Bundle, target: Path, *, overwrite: bool) -> tuple[Bundle, list[str]]:
+    """Return the bundle to start from and the names of the artifacts to keep."""
+    if (target / MANIFEST).is_file():
+        existing = Bundle.open(target)
+        if existing.fingerprint == bundle.fingerprint:
+            return existing, list(existing.artifacts)
+        if not overwrite:
+            msg = f"{target}: holds another student ({existing.name}); choose another folder, or replace it with --overwrite."
+            raise BundleError(msg)
+    return bundle, [item.name for item in bundle.artifacts.values() if item.format == "torch"]
+
+
+def _precisions(format_: str) -> tuple[str, ...]:
+    return _SOURCES.get(format_, ("float32",))
+
+
+def _source(bundle: Bundle, format_: str) -> Artifact | None:
+    held = {item.precision: item for item in bundle.artifacts.values() if item.format == format_}
+    return next((held[name] for name in _precisions(format_) if name in held), None)
+
+
+def _result(source: Artifact, precision: str) -> Artifact:
+    folder = PurePosixPath(source.format, precision)
+    networks = {
+        name: NetworkFile(str(folder / PurePosixPath(file.path).name), file.signature)
+        for name, file in source.networks.items()
+    }
+    name = f"{source.format}-{precision}"
+    return Artifact(name, source.runtime, source.format, precision, networks)
+
+
+def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progress) -> Artifact:
+    made: dict[str, Any] = {}
+    calls = _held_out_calls(bundle, job.source)
+    runtime = plugins.find(plugins.RUNTIMES, job.result.runtime)
+    for name, file in job.result.networks.items():
+        source, path = bundle.path(job.source.networks[name].path), root / file.path
+        made[name] = _compress(bundle, name, job, config, (source, path), progress)
+        network = CheckedNetwork(name, file.signature, runtime.open(path, file.signature, {}))
+        made[name]["snr_db"] = _worst_db(job, network, calls[name])
+    return replace(job.result, made_with={"source": job.source.name, "networks": made})
+
+
+def _compress(
+    bundle: Bundle,
+    name: str,
+    job: Job,
+    config: Config,
+    paths: tuple[Path, Path],
+    progress: Progress,
+) -> dict[str, Any]:
+    if isinstance(config, PtqConfig):
+        signature = job.source.networks[name].signature
+        batches = calibration_batches(bundle, name, signature, config.subset_size)
+        return compress_nncf(*paths, job.source.format, config, batches, progress)
+    if job.source.format == "coreml":
+        from .with_coremltools import compress_coreml
+
+        return compress_coreml(*paths, config.weight_format)
+    return compress_nncf(*paths, job.source.format, config)
+
+
+def _held_out_calls(bundle: Bundle, source: Artifact) -> dict[str, list[Call]]:
+    """Return what the source's networks are fed and answer on the first golden sample, row by row."""
+    golden = {name: value[:1] for name, value in load_probes(bundle.root / GOLDEN).items()}
+    noise = [golden[f"noise.{k}"] for k in range(bundle.table.noise_count)]
+    conditions = {
+        name.removeprefix("condition."): value
+        for name, value in golden.items()
+        if name.startswith("condition.")
+    }
+    calls: dict[str, list[Call]] = {}
+
+    def tapped(network: CheckedNetwork) -> Network:
+        def call(given: Mapping[str, Any]) -> Mapping[str, Any]:
+            outputs = network(given)
+            calls.setdefault(network.name, []).append((network.feeds(given), outputs))
+            return outputs
+
+        return call
+
+    networks = Pipeline(bundle, source).networks
+    run_table(bundle.table, {k: tapped(v) for k, v in networks.items()}, noise, conditions)
+    return calls
+
+
+def _worst_db(job: Job, network: CheckedNetwork, calls: Sequence[Call]) -> float:
+    what = f"{job.result.name}, network `{network.name}`"
+    try:
+        worst = min(_decibels(network, calls), default=math.inf)
+    except ContractError as error:
+        msg = f"{what}: {error} Nothing was written."
+        raise CheckFailedError(msg) from error
+    if worst < LEAST_DB:
+        msg = (
+            f"{what}: {worst:.1f} dB SNR against {job.source.name} on a held-out call, at least {LEAST_DB:.0f} dB "
+            "is required; nothing was written. Calibrate on more samples, keep more of it in float with "
+            "--ignored-scope, or quantize the weights alone."
+        )
+        raise CheckFailedError(msg)
+    return worst
+
+
+def _decibels(network: CheckedNetwork, calls: Sequence[Call]) -> Iterator[float]:
+    for feeds, wanted in calls:
+        got = network(feeds)
+        for name, value in wanted.items():
+            yield float(compare(np.asarray(value), got[name]).to_json()["snr_db"])
