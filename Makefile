@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv if it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+# Without bytecode files the first import of diffusers alone takes some 15 seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test check quality teacher bench-cold clean
+
+demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
+	$(BIN)/edgedistill demo -o demo
+
+test: .venv/done check  ## Linters, types, import contracts, tests, the wheel.
+	$(BIN)/python -m pytest
+
+check: .venv/done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+quality: .venv/done  ## The students over three seeds: quality/quality.md and quality.json.
+	$(BIN)/python examples/quality.py -o quality
+
+teacher: .venv/done  ## Train the packaged teacher again and compare it byte for byte.
+	$(BIN)/python examples/train_digits_teacher.py --check
+
+bench-cold: .venv/done  ## Process start to picture, against a bare script.
+	$(BIN)/python examples/bench_cold_start.py
+
+.venv/done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedistill needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf demo quality dist .venv
