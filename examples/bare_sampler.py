@@ -3,7 +3,7 @@
 python examples/bare_sampler.py BUNDLE onnxruntime|openvino grid.png [COUNT]
 
 It knows the rows of ``sampler.json`` and nothing else: one network, embedded or baked guidance, one
-stage. The samples are bit for bit those of ``edgedistill sample BUNDLE --runtime R -n COUNT``.
+stage, COUNT a multiple of the graph's batch. The samples are bit for bit those of ``edgedistill sample BUNDLE --runtime R -n COUNT``.
 """
 
 import json
@@ -35,7 +35,9 @@ def sample(bundle: Path, runtime: str, count: int) -> np.ndarray:
     table = json.loads((bundle / "sampler.json").read_text())
     held = json.loads((bundle / "edgedistill.json").read_text())["artifacts"].values()
     (file,) = next(item for item in held if item["runtime"] == runtime)["networks"].values()
-    predict = open_network(bundle / file["path"], runtime)
+    network = open_network(bundle / file["path"], runtime)
+    fixed = file["signature"]["inputs"][0]["shape"][0]
+    size = fixed if isinstance(fixed, int) else count
     (stage,), guidance = table["stages"], table["guidance"]
 
     generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in range(count)]
@@ -51,7 +53,11 @@ def sample(bundle: Path, runtime: str, count: int) -> np.ndarray:
     z = noise[index] * coefficient
     for row in stage["rows"]:
         feeds = {name: np.full(count, value, np.float32) for name, value in row["feeds"].items()}
-        raw = predict({**given, **feeds, table["state_input"]: z * row["in_scale"]})
+        feeds = {**given, **feeds, table["state_input"]: z * row["in_scale"]}
+        pieces = [
+            {name: a[i : i + size] for name, a in feeds.items()} for i in range(0, count, size)
+        ]
+        raw = np.concatenate([network(piece) for piece in pieces])
         x0 = z * row["x0"][0] + raw * row["x0"][1]
         after = row["next"]
         z = z * after["z"] + x0 * after["x0"] + raw * after["raw"]

@@ -1,6 +1,6 @@
 """Cold start: from process start to image written, `edgedistill sample` beside a bare script.
 
-python examples/bench_cold_start.py BUNDLE [--runs 9] [--runtime R ...] [--json]
+python examples/bench_cold_start.py [BUNDLE] [--runs 9] [--runtime R ...] [--json]
 
 The bare script is `bare_sampler.py`: numpy, Pillow and the runtime. Both are run in turn, in fresh
 processes; the first run of each, which fills the disk cache, does not count. Exit status 1 if
@@ -48,11 +48,13 @@ def measure(bundle: str, runtime: str, runs: int) -> dict[str, float]:
 def main() -> int:
     """Measure every runtime and say whether the limit holds."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("bundle")
+    parser.add_argument("bundle", nargs="?", default="demo/bundle", help="default: demo/bundle")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--runtime", nargs="+", default=["onnxruntime", "openvino"])
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not Path(options.bundle).is_dir():
+        parser.error(f"{options.bundle}: no such bundle; make one with `edgedistill demo`")
     found = {name: measure(options.bundle, name, options.runs) for name in options.runtime}
     if options.json:
         print(json.dumps({"runs": options.runs, "limit": LIMIT, "runtimes": found}, indent=1))
