@@ -1,6 +1,8 @@
 """The bundle: one folder with artifacts, sampler table, probes, golden tensors and their hashes."""
 
 import dataclasses
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from edgedistill.files import inside, read_json, sha256, write_json, written_asi
 from edgedistill.table import SamplerTable, check_version
 
 MANIFEST = "edgedistill.json"
+FORMAT = "edgedistill-bundle"
 SCHEMA_VERSION = "1.0"
 TABLE = "sampler.json"
 GOLDEN = "probes/golden.safetensors"
@@ -101,32 +104,23 @@ class Bundle:
                 file outside of the folder, or a file is missing or differs from its hash.
         """
         root = Path(root)
-        if not (root / MANIFEST).is_file():
-            found = "no such folder" if not root.is_dir() else f"it holds no {MANIFEST}"
-            msg = f"{root}: not a bundle: {found}; make one with `edgedistill export`."
-            raise BundleError(msg)
-        data = read_json(root / MANIFEST)
-        source = str(root / MANIFEST)
-        if not isinstance(data, dict) or data.get("format") != "edgedistill-bundle":
-            msg = f"{source}: not an edgedistill manifest."
-            raise BundleError(msg)
-        check_version(data.get("schema_version"), SCHEMA_VERSION, source)
+        data = _read_manifest(root)
         try:
             _verify(root, data["files"])
             artifacts = {k: Artifact.from_json(k, v) for k, v in data["artifacts"].items()}
-            for artifact in artifacts.values():
-                for network in artifact.networks.values():
-                    _listed(root, network.path, data["files"])
+            paths = [net.path for item in artifacts.values() for net in item.networks.values()]
+            for path in (TABLE, *paths):
+                _refuse_unlisted(root, path, data["files"])
             return cls(
                 root,
                 data["name"],
                 data["fingerprint"],
-                SamplerTable.load(inside(root, TABLE)),
+                SamplerTable.load(root / TABLE),
                 artifacts,
                 data["provenance"],
             )
         except (KeyError, TypeError, AttributeError) as error:
-            msg = f"{source}: malformed ({type(error).__name__}: {error}); make the bundle anew."
+            msg = f"{root / MANIFEST}: malformed ({type(error).__name__}: {error}); make the bundle anew."
             raise BundleError(msg) from error
 
     def path(self, relative: str) -> Path:
@@ -193,15 +187,15 @@ def write_bundle(
     """Write a bundle aside, let `fill` add artifacts, and rename it into place.
 
     Args:
-        target: Folder to make or replace; an existing one must be a bundle.
+        target: Folder to make or replace; an existing one must be empty or a bundle.
         base: What the new bundle starts from: its table, probes, provenance.
         fill: Puts files under ``draft.root`` and records them with ``draft.add``.
         keep: Names of the artifacts of `base` that the new bundle keeps.
 
     Raises:
-        BundleError: If `target` exists and is no bundle.
+        BundleError: If `target` is something else than a bundle, or cannot be written.
     """
-    if target.exists() and not (target / MANIFEST).is_file():
+    if not (target / MANIFEST).is_file() and target.exists() and any(target.iterdir()):
         msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
         raise BundleError(msg)
     kept = {name: base.artifacts[name] for name in keep}
@@ -230,18 +224,39 @@ def write_manifest(bundle: Bundle) -> None:
         for path in sorted(bundle.root.rglob("*"))
         if path.is_file() and path != bundle.root / MANIFEST
     }
-    write_json(
-        bundle.root / MANIFEST,
-        {
-            "format": "edgedistill-bundle",
-            "schema_version": SCHEMA_VERSION,
-            "name": bundle.name,
-            "fingerprint": bundle.fingerprint,
-            "provenance": dict(bundle.provenance),
-            "artifacts": {name: item.to_json() for name, item in bundle.artifacts.items()},
-            "files": files,
-        },
-    )
+    data = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "name": bundle.name,
+        "fingerprint": bundle.fingerprint,
+        "provenance": dict(bundle.provenance),
+        "artifacts": {name: item.to_json() for name, item in bundle.artifacts.items()},
+        "files": files,
+    }
+    write_json(bundle.root / MANIFEST, {**data, "seal": seal(data)})
+
+
+def seal(data: Mapping[str, Any]) -> str:
+    """Return the SHA-256 that guards the manifest itself: over its JSON, sorted, without ``seal``."""
+    body = {key: value for key, value in data.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    source = root / MANIFEST
+    if not source.is_file():
+        found = f"it holds no {MANIFEST}" if root.is_dir() else "no such folder"
+        msg = f"{root}: not a bundle: {found}; make one with `edgedistill export`."
+        raise BundleError(msg)
+    data = read_json(source)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        msg = f"{source}: not an edgedistill manifest; make the bundle anew with `edgedistill export`."
+        raise BundleError(msg)
+    check_version(data.get("schema_version"), SCHEMA_VERSION, str(source))
+    if data.get("seal") != seal(data):
+        msg = f"{source}: damaged: its contents do not fit its seal; get the bundle anew."
+        raise BundleError(msg)
+    return data
 
 
 def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -255,10 +270,10 @@ def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
             raise BundleError(msg)
 
 
-def _listed(root: Path, path: str, files: Mapping[str, Any]) -> None:
+def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
     inside(root, path)
     if not any(name == path or name.startswith(path.rstrip("/") + "/") for name in files):
-        msg = f"{root / path}: an artifact names it, but the manifest holds no hash of it; get the bundle anew."
+        msg = f"{root / path}: used by the bundle, but its manifest holds no hash of it; get the bundle anew."
         raise BundleError(msg)
 
 

@@ -1,6 +1,8 @@
 """Files that are whole or not there: hashes, safe paths, write-aside-and-rename."""
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -12,7 +14,16 @@ from typing import Any
 
 from edgedistill.errors import BundleError
 
-_CHUNK = 1 << 20
+_OLD = "-old"
+_CANNOT_WRITE = {
+    errno.ENOSPC: "free some space there or choose another place",
+    errno.EDQUOT: "free some space there or choose another place",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that you may write",
+    errno.EPERM: "choose a folder that you may write",
+    errno.EISDIR: "a folder is in the way; choose another name",
+    errno.ENOTDIR: "a part of the path is a file; choose another place",
+}
 
 
 def sha256(path: Path) -> str:
@@ -28,12 +39,11 @@ def inside(root: Path, relative: str) -> Path:
         BundleError: If the path is absolute, climbs with ``..``, or a link leads outside.
     """
     pure = PurePosixPath(relative)
-    bad = not relative or pure.is_absolute() or ".." in pure.parts or "\\" in relative
-    path = root / relative
-    if bad or not path.resolve().is_relative_to(root.resolve()):
-        msg = f"{root}: the manifest names {relative!r}, which lies outside of the folder; refuse it and get the bundle anew."
+    bad = not relative or pure.is_absolute() or ".." in pure.parts or set("\\\0") & set(relative)
+    if bad or not (root / relative).resolve().is_relative_to(root.resolve()):
+        msg = f"{root}: the manifest names {relative!r}, which lies outside of the folder; refuse it and get the folder anew."
         raise BundleError(msg)
-    return path
+    return root / relative
 
 
 def read_json(path: Path) -> Any:
@@ -58,19 +68,25 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write bytes aside, flush them to disk, and rename into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Write bytes aside, flush them to disk, and rename into place.
+
+    Raises:
+        BundleError: If the disk is full or the place cannot be written.
+    """
+    path = path.absolute()
+    with _clear_refusal(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -78,20 +94,50 @@ def written_aside(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target`; on success it takes the place of `target`.
 
     Nothing of the old folder is touched before the new one is complete. A killed process leaves the
-    old folder and at most a hidden ``.NAME.*`` folder beside it, which the next run sweeps away.
+    old folder and at most a hidden ``.NAME.aside-*`` folder beside it, which the next run sweeps away.
+
+    Raises:
+        BundleError: If the disk is full or the place cannot be written.
     """
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.aside-*"):
-        if not _alive(stale):
-            shutil.rmtree(stale, ignore_errors=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.aside-{os.getpid()}-", dir=target.parent))
-    aside.chmod(0o755)
+    target = target.resolve()
+    with _clear_refusal(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        prefix = f".{target.name}.aside-{os.getpid()}-"
+        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        aside.chmod(0o755)
+        try:
+            yield aside
+            _swap(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _clear_refusal(target: Path) -> Iterator[None]:
+    """Say what to do where writing `target` fails; failures to read other files pass through."""
+    hidden = str(target.parent / f".{target.name}.")
     try:
-        yield aside
-        _swap(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        yield
+    except OSError as error:
+        place = str(error.filename or target)
+        concerns = target.is_relative_to(place) or place.startswith(hidden)
+        if error.errno not in _CANNOT_WRITE or not concerns:
+            raise
+        reason = os.strerror(error.errno)
+        msg = f"{target}: cannot be written ({reason}); {_CANNOT_WRITE[error.errno]}. What was there is untouched."
+        raise BundleError(msg) from error
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left; put back an old folder whose successor never came."""
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.aside-*"):
+        if _alive(stale):
+            continue
+        if stale.name.endswith(_OLD) and not target.exists():
+            stale.rename(target)
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _alive(folder: Path) -> bool:
@@ -108,7 +154,7 @@ def _alive(folder: Path) -> bool:
 
 
 def _swap(new: Path, target: Path) -> None:
-    old = new.with_name(new.name + "-old")
+    old = new.with_name(new.name + _OLD)
     if target.exists():
         target.rename(old)
     try:

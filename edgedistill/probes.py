@@ -1,0 +1,149 @@
+"""Probes: tensors met on a table's own rows, for parity (golden) and for quantization (calibration)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.conditions import network_conditions
+from edgedistill.errors import BundleError
+from edgedistill.files import write_bytes
+from edgedistill.network import CheckedNetwork
+from edgedistill.noise import noise_bank
+from edgedistill.sampler import Network, RowTrace, run_table
+from edgedistill.table import SamplerTable
+
+Probes = dict[str, np.ndarray]
+
+
+def spread_conditions(table: SamplerTable, count: int) -> dict[str, np.ndarray]:
+    """Return conditions that cover what the caller may choose.
+
+    Classes come in turn, as in `network_conditions`; the guidance weight rises evenly over the
+    trained range.
+
+    Returns:
+        Arrays (count,) by input name.
+    """
+    conditions = network_conditions(table, count, None, {})
+    if table.guidance.input is not None:
+        scales = np.linspace(*table.guidance.range, count, dtype=np.float32)
+        conditions[table.guidance.input] = scales - 1
+    return conditions
+
+
+def golden_choices(
+    table: SamplerTable, count: int, first_seed: int
+) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Return seeds and conditions with which a response to each condition can be seen.
+
+    Samples come in groups of one seed. In a group the first sample is followed by one sample per condition
+    that differs from it in this condition alone.
+
+    Returns:
+        One seed per sample, and arrays (count,) by input name.
+    """
+    spread = spread_conditions(table, count)
+    group, member = np.divmod(np.arange(count), 1 + len(spread))
+    head = np.arange(count) - member
+    conditions = {
+        name: np.where(member == place, value, value[head])
+        for place, (name, value) in enumerate(spread.items(), start=1)
+    }
+    return [first_seed + int(item) for item in group], conditions
+
+
+def record_golden(
+    table: SamplerTable,
+    networks: Mapping[str, Network],
+    seeds: Sequence[int],
+    conditions: Mapping[str, np.ndarray],
+) -> Probes:
+    """Run a table and keep everything that another runtime must reproduce.
+
+    Args:
+        table: The sampler.
+        networks: The reference, by network name.
+        seeds: One per sample.
+        conditions: Network inputs (len(seeds),) by name.
+
+    Returns:
+        ``noise.{k}`` for each entry of the bank; ``condition.{name}``; for each row i ``row.{i}.state``,
+        ``row.{i}.raw``, ``row.{i}.x0`` (both absent where no network is called) and ``row.{i}.next``;
+        ``output``. Whole numbers are int32, all else is float32.
+    """
+    bank = noise_bank(table, seeds)
+    probes = {f"noise.{index}": array for index, array in enumerate(bank)}
+    probes |= {f"condition.{name}": value for name, value in conditions.items()}
+
+    def keep(trace: RowTrace) -> None:
+        for what in ("state", "raw", "x0", "next"):
+            if getattr(trace, what) is not None:
+                probes[f"row.{trace.index}.{what}"] = getattr(trace, what)
+
+    probes["output"] = run_table(table, networks, bank, conditions, keep)
+    return {name: _plain(value) for name, value in probes.items()}
+
+
+def record_calibration(
+    table: SamplerTable,
+    networks: Mapping[str, CheckedNetwork],
+    seeds: Sequence[int],
+    conditions: Mapping[str, np.ndarray],
+) -> Probes:
+    """Run a table and keep what each network is fed.
+
+    Args:
+        table: The sampler.
+        networks: The reference, by network name.
+        seeds: One per sample; other ones than the golden seeds.
+        conditions: Network inputs (len(seeds),) by name.
+
+    Returns:
+        ``{network}.{input}``: (calls * len(seeds), ...) in the order of the calls, dtypes as fed.
+    """
+    fed: dict[str, list[np.ndarray]] = {}
+
+    def tapped(network: CheckedNetwork) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+        def call(given: Mapping[str, Any]) -> Mapping[str, Any]:
+            for name, value in network.feeds(given).items():
+                fed.setdefault(f"{network.name}.{name}", []).append(value)
+            return network(given)
+
+        return call
+
+    taps = {name: tapped(network) for name, network in networks.items()}
+    run_table(table, taps, noise_bank(table, seeds), conditions)
+    return {name: np.concatenate(values) for name, values in fed.items()}
+
+
+def save_probes(probes: Mapping[str, np.ndarray], path: Path) -> None:
+    """Write probes as safetensors; the file appears whole or not at all."""
+    from safetensors.numpy import save
+
+    write_bytes(path, save({name: np.ascontiguousarray(v) for name, v in probes.items()}))
+
+
+def load_probes(path: Path) -> Probes:
+    """Read what `save_probes` wrote.
+
+    Raises:
+        BundleError: If the file is missing or is not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(path.read_bytes())
+    except FileNotFoundError as error:
+        msg = f"{path}: no such file; the bundle was written without probes, export it anew."
+        raise BundleError(msg) from error
+    except SafetensorError as error:
+        msg = f"{path}: not a whole safetensors file ({error}); get the bundle anew."
+        raise BundleError(msg) from error
+
+
+def _plain(value: Any) -> np.ndarray:
+    array = np.asarray(value)
+    return array.astype(np.int32 if np.issubdtype(array.dtype, np.integer) else np.float32)

@@ -1,0 +1,53 @@
+"""PyTorch, the reference: float32, eval mode, numpy in and out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedistill.contract import Signature
+from edgedistill.errors import require
+from edgedistill.network import Session
+
+from .options import accept
+
+
+def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Session:  # noqa: A001
+    """Open a folder of config.json and safetensors.
+
+    Args:
+        path: The network's folder.
+        signature: Its inputs and its one output.
+        options: ``device`` (``"cpu"``) and ``threads`` (torch's own choice).
+
+    Raises:
+        BundleError: If the folder does not hold a whole network of this release.
+        ConfigError: If an option is unknown.
+        MissingDependencyError: If torch or diffusers is not installed.
+    """
+    torch = require("torch", "train")
+    require("diffusers", "train")
+    from edgedistill.models import store
+
+    chosen = accept("torch", options, device="cpu", threads=0)
+    if chosen["threads"]:
+        torch.set_num_threads(int(chosen["threads"]))
+    network = store.load(path).to(chosen["device"])
+    output = signature.outputs[0].name
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        # torch.tensor copies: the network may write into what it is given, and feeds may be read-only.
+        inputs = {
+            spec.name: torch.tensor(feeds[spec.name], device=chosen["device"])
+            for spec in signature.inputs
+        }
+        with torch.inference_mode():
+            return {output: store.call(network, inputs).cpu().numpy()}
+
+    return run
+
+
+def describe() -> str:
+    """Say what runs the network."""
+    return f"PyTorch {require('torch', 'train').__version__}"
