@@ -163,7 +163,7 @@ figcaption { font-size: .85rem; line-height: 1.4; margin-top: .35rem; max-width:
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 3px; }
 details { border-top: 1px solid var(--rule); padding: .35rem 0; }
 summary { cursor: pointer; }
-svg { display: block; min-width: 36rem; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
+svg { display: block; min-width: 36rem; max-width: 62rem; width: 100%; height: auto; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--soft); }
 svg .grid { stroke: var(--rule); }
 svg .floor { stroke: var(--bad); stroke-dasharray: 2 4; }
