@@ -1,0 +1,326 @@
+"""The command `edgedistill demo`: the whole way on the packaged digits teacher, in documented commands."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill import plugins
+from edgedistill.errors import CheckFailedError, EdgeDistillError
+
+if TYPE_CHECKING:
+    from edgedistill.evaluation.baselines import Baselines
+    from edgedistill.evaluation.students import StudentQuality
+    from edgedistill.page import Html
+    from edgedistill.parity import ParityReport
+
+DESCRIPTION = """\
+Take the packaged teacher of handwritten digits the whole way: distil students of 4, 2 and 1 evaluations and
+a smaller one, export to ONNX, OpenVINO and Core ML, compress, sample, and compare everything with PyTorch.
+Takes minutes on two CPU cores and needs no network. Each step is a command that it prints, so that it
+can be repeated by hand with another model."""
+EPILOG = """\
+DIR/report.html shows everything; DIR/report.json is the same for machines; DIR/bundle holds the 4-step
+student in every format, DIR/compressed its 8-bit and 6-bit versions. Exit status 1 if a bar is missed."""
+SHOWN = 20
+
+
+def register(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "demo",
+        help="the whole way in minutes, on a teacher that comes with the package",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR")
+    parser.add_argument("--json", action="store_true", help="print DIR/report.json at the end")
+    parser.set_defaults(run=run)
+
+
+@dataclass
+class _Journal:
+    """Runs commands, shows them, and remembers how long each took."""
+
+    quiet: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def command(self, *arguments: str | Path) -> Any:
+        """Run one edgedistill command in this process and return its JSON."""
+        from edgedistill import cli
+
+        words = [str(item) for item in arguments]
+        self.say(f"$ edgedistill {' '.join(words)}")
+        answer = io.StringIO()
+        with self.timed(" ".join(words[:2])), contextlib.redirect_stdout(answer):
+            status = cli.main([*words, "--json"])
+        if status:
+            msg = f"`edgedistill {' '.join(words)}` ended with status {status}; see the line above."
+            raise EdgeDistillError(msg)
+        return json.loads(answer.getvalue())
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time of a block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def say(self, line: str) -> None:
+        """Print a line for people."""
+        if not self.quiet:
+            print(line, flush=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry out the command."""
+    folder: Path = options.output
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = _Journal(quiet=options.json)
+    with journal.timed("everything"):
+        _make(folder, journal)
+        with journal.timed("quality"):
+            baselines, students = _quality(folder, journal)
+        parity = _parity(folder, journal)
+    problems = [*_missed(students), *parity.failures]
+    record = _record(folder, journal, baselines, students, parity, problems)
+    _write(folder, record, _page(record, baselines, students, parity))
+    if options.json:
+        print(json.dumps(record, indent=1))
+    journal.say(_summary(record, folder))
+    if problems:
+        msg = "; ".join(problems) + "."
+        raise CheckFailedError(msg)
+    return 0
+
+
+def _make(folder: Path, journal: _Journal) -> None:
+    student, bundle, compressed = folder / "student", folder / "bundle", folder / "compressed"
+    journal.command("distill", _recipe("digits_guided"), "-o", student, "--overwrite")
+    journal.command("distill", _recipe("digits_small"), "-o", folder / "small", "--overwrite")
+    journal.command("export", "all", "-m", student / "4-step", bundle, "--overwrite")
+    journal.command("export", "all", "-m", folder / "small", folder / "small-bundle", "--overwrite")
+    journal.command("quantize", bundle, compressed, "--quant-mode", "int8", "--overwrite")
+    journal.command("quantize", bundle, compressed, "--weight-format", "int8")
+    journal.command("quantize", bundle, compressed, "--weight-format", "palette6")
+    for runtime in ("onnxruntime", "openvino"):
+        picture = folder / f"{runtime}.png"
+        journal.command("sample", bundle, "--runtime", runtime, "-n", "20", "-o", picture)
+
+
+def _recipe(name: str) -> Path:
+    """Find a packaged recipe: beside the package when installed, in examples/ in a checkout."""
+    here = Path(__file__).parent
+    places = [here / "assets" / "recipes" / f"{name}.yaml", here.parent / "examples" / f"{name}.yaml"]
+    return next(path for path in places if path.is_file())
+
+
+def _quality(folder: Path, journal: _Journal) -> tuple["Baselines", "list[StudentQuality]"]:
+    from edgedistill.evaluation.baselines import naive_baselines
+    from edgedistill.evaluation.report import Evaluator
+    from edgedistill.evaluation.students import measure
+    from edgedistill.student import Student
+    from edgedistill.teacher import Teacher
+
+    journal.say("measuring 1000 samples of the teacher and of each student")
+    evaluator = Evaluator.open("digits")
+    baselines = naive_baselines(Teacher.open("digits"), evaluator, cache=folder / "baselines")
+    folders = [folder / "student" / "4-step", folder / "student" / "2-step", folder / "student", folder / "small"]
+    return baselines, [measure(Student.open(path), evaluator, baselines) for path in folders]
+
+
+def _parity(folder: Path, journal: _Journal) -> "ParityReport":
+    from edgedistill.bundle import Bundle
+
+    journal.say(f"$ edgedistill parity {folder / 'bundle'} {folder / 'compressed'}")
+    verify = plugins.find(plugins.REPORTS, "verify")
+    with journal.timed("parity"):
+        report: ParityReport = verify(
+            [Bundle.open(folder / "bundle"), Bundle.open(folder / "compressed")]
+        )
+    return report
+
+
+def _missed(students: "list[StudentQuality]") -> list[str]:
+    from edgedistill.evaluation.students import GUIDED_BARS
+
+    *full, small = students
+    missed = [line for item in full for line in item.problems(GUIDED_BARS[item.nfe])]
+    return missed + small.problems()
+
+
+def _record(
+    folder: Path,
+    journal: _Journal,
+    baselines: "Baselines",
+    students: "list[StudentQuality]",
+    parity: "ParityReport",
+    problems: list[str],
+) -> dict[str, Any]:
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "versions": dict(parity.environment),
+        "seconds": {name: round(value, 1) for name, value in journal.seconds.items()},
+        "teacher": {
+            "nfe": 2 * baselines.settings.reference_steps,
+            "guidance_scale": 1 + baselines.settings.reference_w,
+            "report": baselines.teacher.to_json(),
+        },
+        "naive": [
+            {"steps": item.steps, "guidance_scale": 1 + item.w, "spacing": item.spacing, "report": item.report.to_json()}
+            for item in baselines.naive.values()
+        ],
+        "students": [item.to_json() for item in students],
+        "sizes": [row for name in ("bundle", "compressed", "small-bundle") for row in _sizes(folder / name)],
+        "parity": parity.to_json(),
+    }
+
+
+def _sizes(root: Path) -> list[dict[str, Any]]:
+    from edgedistill.bundle import Bundle
+
+    bundle = Bundle.open(root)
+    return [
+        {"model": bundle.name, "artifact": item.name, "bytes": bundle.size(item)}
+        for item in bundle.artifacts.values()
+    ]
+
+
+def _write(folder: Path, record: dict[str, Any], page: str) -> None:
+    from edgedistill.files import write_bytes, write_json
+
+    write_bytes(folder / "report.html", page.encode())
+    write_json(folder / "report.json", record)
+
+
+def _summary(record: dict[str, Any], folder: Path) -> str:
+    from edgedistill.terminal import aligned
+
+    artifacts = record["parity"]["artifacts"]
+    verdict = "all green" if record["ok"] else "NOT green"
+    return "\n".join(
+        [
+            "",
+            aligned(QUALITY_HEADERS, _quality_rows(record)),
+            "",
+            f"{verdict}: {len(record['students'])} students, {len(artifacts)} artifacts, "
+            f"{record['seconds']['everything']:.0f} s",
+            f"open {folder / 'report.html'}",
+        ]
+    )
+
+
+QUALITY_HEADERS = (
+    "model", "evaluations", "parameters", "Frechet", "/naive", "/teacher", "error/naive", "recall", "diversity", "memorised", "accuracy",
+)  # fmt: skip
+
+
+def _quality_rows(record: dict[str, Any]) -> list[list[str]]:
+    teacher = record["teacher"]
+    lines = [["guided teacher", str(teacher["nfe"]), "", *_numbers(teacher["report"], None, 1.0, None)]]
+    for item in record["naive"]:
+        name = f"naive teacher, {item['steps']} steps, g={item['guidance_scale']:g}, {item['spacing']}"
+        nfe = item["steps"] * (1 if item["guidance_scale"] == 1 else 2)
+        ratio = item["report"]["frechet"] / teacher["report"]["frechet"]
+        lines.append([name, str(nfe), "", *_numbers(item["report"], 1.0, ratio, 1.0)])
+    for item in record["students"]:
+        ratios = item["to_naive"], item["to_teacher"], item["mse_to_naive"]
+        lines.append(
+            [item["name"], str(item["nfe"]), f"{item['parameters']:,}", *_numbers(item["report"], *ratios)]
+        )
+    return lines
+
+
+def _numbers(
+    report: dict[str, Any], to_naive: float | None, to_teacher: float, mse: float | None
+) -> list[str]:
+    values = [
+        report["frechet"], to_naive, to_teacher, mse,
+        report["recall"], report["diversity"], report["memorisation"], report["accuracy"],
+    ]  # fmt: skip
+    return ["" if value is None else f"{value:.3f}" for value in values]
+
+
+def _page(
+    record: dict[str, Any],
+    baselines: "Baselines",
+    students: "list[StudentQuality]",
+    parity: "ParityReport",
+) -> str:
+    from edgedistill import page
+
+    mark = page.badge("all green", "good") if record["ok"] else page.badge("failed", "bad")
+    seconds = page.muted(f"{record['seconds']['everything']:.0f} s on {record['machine']['cpus']} CPUs, {record['machine']['platform']}")
+    return page.document(
+        "edgedistill: the whole way, once",
+        page.paragraph(
+            page.joined(
+                mark,
+                "A 50-step guided teacher of handwritten digits became students of 4, 2 and 1 evaluations; the "
+                "4-step one was exported, compressed, and compared with PyTorch on every runtime.",
+                seconds,
+            )
+        ),
+        page.bullets(record["problems"]),
+        _pictures(baselines, students),
+        page.section(
+            "How good the students are",
+            page.table(QUALITY_HEADERS, _quality_rows(record)),
+            page.paragraph(page.muted(_legend(baselines))),
+        ),
+        _size_table(record),
+        *plugins.find(plugins.REPORTS, "parity_sections")(parity),
+    )
+
+
+def _pictures(baselines: "Baselines", students: "list[StudentQuality]") -> "Html":
+    from edgedistill import page
+    from edgedistill.images import grid
+
+    sets = [("guided teacher, 100 evaluations", baselines.reference)]
+    sets += [(f"{s.name}, {s.nfe} evaluation{'s' if s.nfe > 1 else ''}", s.samples) for s in students]
+    return page.section(
+        "The same noise, fewer evaluations",
+        page.gallery(
+            *[
+                page.picture(grid(samples[:SHOWN], columns=5, scale=4), f"samples of {name}", name, 230)
+                for name, samples in sets
+            ]
+        ),
+    )
+
+
+def _legend(baselines: "Baselines") -> str:
+    return (
+        f"{baselines.settings.count} samples each from the same noise, at guidance scale "
+        f"{1 + baselines.settings.reference_w:g}. Frechet: distance to held-out digits on raw pixels; as many real "
+        f"training digits score {baselines.teacher.floor:.3f}. Naive: the strongest of the teacher's guidance scales "
+        "and timestep spacings at as many steps (a guided step costs two evaluations). error: squared distance to "
+        "the 50-step teacher from the same noise. Accuracy and memorisation are guards, not aims."
+    )
+
+
+def _size_table(record: dict[str, Any]) -> "Html":
+    from edgedistill import page
+
+    largest: dict[str, int] = {}
+    for row in record["sizes"]:
+        largest[row["model"]] = max(largest.get(row["model"], 0), row["bytes"])
+    lines = [
+        [row["model"], row["artifact"], f"{row['bytes'] / 1e6:.3f}", f"{largest[row['model']] / row['bytes']:.1f}x"]
+        for row in record["sizes"]
+    ]
+    return page.section(
+        "Sizes", page.table(("model", "artifact", "MB", "smaller by"), lines, left=(0, 1))
+    )
+
