@@ -62,6 +62,13 @@ FLOORS: Mapping[str, Floor] = {
         0.15,
         "64 values per weight tensor; every bit less costs about 6 dB.",
     ),
+    "palette4": Floor(
+        10.0,
+        8.0,
+        8.0,
+        0.3,
+        "16 values per weight tensor, two bits below palette6.",
+    ),
     "int8": Floor(
         15.0,
         10.0,
