@@ -84,7 +84,11 @@ def compile_scheduler(
             raise ConfigError(msg)
     guidance = fields.get("guidance", Guidance())
     scale = guidance.default if guidance.mode == "cfg" else None
-    rows, first = family.build(full, num_steps, {"network": network, "guidance_scale": scale})
+    try:
+        rows, first = family.build(full, num_steps, {"network": network, "guidance_scale": scale})
+    except TypeError as error:
+        msg = f"The configuration of the {name} is not as diffusers writes it ({error})."
+        raise ConfigError(msg) from error
     return SamplerTable(
         stages=(Stage(shape, tuple(rows), init_noise=(first, 0)),),
         noise_count=1 + sum(row.noise is not None for row in rows),

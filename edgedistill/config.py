@@ -135,6 +135,8 @@ def _value(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
         return value
     if origin is tuple:
         return _tuple(hint, value, path, problems)
+    if origin is Mapping:
+        return _mapping(hint, value, path, problems)
     return _scalar(hint, value, path, problems)
 
 
@@ -153,15 +155,21 @@ def _tuple(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
     )
 
 
+def _mapping(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
+    if not isinstance(value, Mapping):
+        problems.append(f"`{path}` must be a group of named values, got {value!r}")
+        return {}
+    inner = typing.get_args(hint)[1]
+    return {name: _value(inner, item, f"{path}.{name}", problems) for name, item in value.items()}
+
+
 def _scalar(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3 as text.
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
     if hint is not Any and (
         not isinstance(value, hint) or (hint is int and isinstance(value, bool))
     ):

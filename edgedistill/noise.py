@@ -24,10 +24,10 @@ def noise_bank(table: SamplerTable, seeds: Sequence[int]) -> Bank:
         `table.noise_count` float32 arrays of shape (len(seeds), channels, height, width).
 
     Raises:
-        ConfigError: If there are no seeds or one of them is negative.
+        ConfigError: If there are no seeds, or one of them is negative or has more than 128 bits.
     """
-    if not seeds or min(seeds) < 0:
-        msg = f"Seeds must be one or more non-negative integers, got {list(seeds)[:4]}."
+    if not seeds or min(seeds) < 0 or max(seeds) >= 1 << 128:
+        msg = f"Seeds must be one or more integers of 0 to 2^128 - 1, got {list(seeds)[:4]}."
         raise ConfigError(msg)
     shapes = bank_shapes(table)
     generators = [np.random.Generator(np.random.Philox(key=seed)) for seed in seeds]

@@ -7,7 +7,7 @@ now), ``s`` (time after, -1 for the end).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -191,6 +191,16 @@ def consistency_row(
     if row.clip is None:
         return replace(row, x0=(c_skip + c_out * row.x0[0], c_out * row.x0[1]))
     return replace(row, next=replace(row.next, z=alpha_s * c_skip, x0=alpha_s * c_out))
+
+
+BUILDERS: Mapping[str, Callable[..., Row]] = {
+    "ddim": ddim_row,
+    "renoise": renoise_row,
+    "jump_and_noise": jump_and_noise_row,
+    "consistency": consistency_row,
+    "return_x0": return_x0_row,
+}
+"""By the ``kind`` in a row's note; the note's other entries are the builder's arguments of that name."""
 
 
 def mixture_row(

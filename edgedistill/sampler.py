@@ -17,6 +17,7 @@ class RowTrace:
 
     Fields:
         index: Position of the row in `SamplerTable.rows`.
+        row: The row.
         state: z before the row.
         raw: The prediction, after guidance; None where no network was called.
         x0: The estimate of x; None where no network was called.
@@ -132,6 +133,9 @@ def _call(
     outputs: dict[str, Array] = {}
     for name in row.call:
         outputs = {**outputs, **networks[name]({**given, **row.feeds, **outputs})}
+    if table.raw_output not in outputs:
+        msg = f"The table takes `{table.raw_output}` of {' and '.join(row.call)}, which returned: {', '.join(outputs)}."
+        raise ContractError(msg)
     return outputs[table.raw_output]
 
 

@@ -40,7 +40,7 @@ class Schedule:
         """Build the schedule of a diffusers scheduler configuration; absent keys take diffusers' defaults.
 
         Raises:
-            ConfigError: If the beta schedule is unknown.
+            ConfigError: If the beta schedule is unknown or its numbers make no schedule.
         """
         full = {**_DEFAULTS.get(config.get("_class_name", ""), _PIXEL), **config}
         betas = _betas(full)
@@ -113,11 +113,11 @@ def check_num_steps(num_steps: int, limit: int) -> None:
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
-    kind = config["beta_schedule"]
-    start, end = config["beta_start"], config["beta_end"]
-    T = int(config.get("num_train_timesteps", 1000))
+    T, given = _given(config)
     if config.get("trained_betas") is not None:
-        return np.asarray(config["trained_betas"], np.float32)
+        return given.astype(np.float32)
+    kind = config["beta_schedule"]
+    start, end = given.tolist()
     if kind == "linear":
         return _linspace(start, end, T)
     if kind == "scaled_linear":
@@ -130,6 +130,23 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
         return logistic * np.float32(end - start) + np.float32(start)
     msg = f"`beta_schedule` must be linear, scaled_linear, squaredcos_cap_v2 or sigmoid, got {kind!r}."
     raise ConfigError(msg)
+
+
+def _given(config: Mapping[str, Any]) -> tuple[int, np.ndarray]:
+    """Read T, and the trained betas or the first and last one, as float64."""
+    trained = config.get("trained_betas")
+    ends = [config["beta_start"], config["beta_end"]]
+    try:
+        T = int(config.get("num_train_timesteps", 1000))
+        given = np.asarray(ends if trained is None else trained, np.float64).reshape(-1)
+    except (TypeError, ValueError) as error:
+        msg = f"The scheduler's betas are not numbers as diffusers writes them ({error})."
+        raise ConfigError(msg) from error
+    expected = 2 if trained is None else T
+    if T < 1 or len(given) != expected or not np.all((given > 0) & (given <= 1)):
+        msg = "The scheduler's betas must lie above 0 and up to 1, one for each of `num_train_timesteps`."
+        raise ConfigError(msg)
+    return T, given
 
 
 def _capped(bars: Sequence[float]) -> np.ndarray:

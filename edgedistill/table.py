@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedistill.config import build
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, write_json
 
 SPEC_VERSION = "1.0"
 GUIDANCE_MODES = ("none", "cfg", "embedded", "baked")
+CONDITION_KINDS = ("class",)
 CARRIES = ("identity", "up_nearest", "area_down")
 
 
@@ -184,10 +186,9 @@ class SamplerTable:
         check_version(data.get("spec_version"), SPEC_VERSION, source)
         body = {key: value for key, value in data.items() if key not in ("spec_version", "nfe")}
         try:
-            table = _build(cls, body)
-        except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
-            msg = f"{source}: {error}"
-            raise BundleError(msg) from error
+            table = build(cls, body, source)
+        except ConfigError as error:
+            raise BundleError(str(error)) from error
         if data.get("nfe") != table.nfe:
             msg = f"{source}: `nfe` says {data.get('nfe')!r}, but the rows make {table.nfe} calls."
             raise BundleError(msg)
@@ -231,67 +232,88 @@ def _plain(value: Any) -> Any:
     return value
 
 
-_NESTED: dict[str, Any] = {"next": Next, "guidance": Guidance}
-_LISTS: dict[str, Any] = {"stages": Stage, "rows": Row, "conditions": Condition}
-
-
-def _build(kind: Any, data: Any) -> Any:
-    if not isinstance(data, Mapping):
-        msg = f"{kind.__name__} must be an object, got {type(data).__name__}"
-        raise ConfigError(msg)
-    known = {item.name for item in dataclasses.fields(kind)}
-    if unknown := sorted(set(data) - known):
-        msg = f"{kind.__name__} has no field {', '.join(map(repr, unknown))}"
-        raise ConfigError(msg)
-    values: dict[str, Any] = {}
-    for name, value in data.items():
-        if name in _LISTS:
-            values[name] = tuple(_build(_LISTS[name], item) for item in value)
-        elif name in _NESTED and isinstance(value, Mapping):
-            values[name] = _build(_NESTED[name], value)
-        else:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
 def _problems(table: SamplerTable) -> Iterator[str]:
     if not table.stages or not all(stage.rows for stage in table.stages):
         yield "every table needs a stage and every stage a row"
-    yield from _guidance_problems(table.guidance)
+    yield from _guidance_problems(table.guidance, {item.name for item in table.conditions})
+    if unknown := sorted({item.kind for item in table.conditions} - set(CONDITION_KINDS)):
+        yield f"condition kind must be {' or '.join(CONDITION_KINDS)}, got {', '.join(unknown)}"
     used: list[int] = []
+    before: Stage | None = None
     for index, stage in enumerate(table.stages):
+        yield from _stage_problems(stage, before, f"stage {index}")
         used.append(stage.init_noise[1])
-        if stage.carry is not None and stage.carry not in CARRIES:
-            yield f"stage {index}: carry must be one of {', '.join(CARRIES)}, got {stage.carry!r}"
-        if (stage.carry is None) != (index == 0):
-            yield f"stage {index}: the first stage carries nothing, every later one something"
         for position, row in enumerate(stage.rows):
             yield from _row_problems(row, f"stage {index}, row {position}", table.guidance.mode)
             used += [] if row.noise is None else [row.noise]
-            if len(row.next.previous) > position:
+            needed = len(row.next.previous)
+            earlier = stage.rows[max(position - needed, 0) : position]
+            if len(earlier) < needed or not all(item.call for item in earlier):
                 yield f"stage {index}, row {position}: uses the x0 of more rows than came before it"
-    if used != sorted(set(used)) or any(not 0 <= item < table.noise_count for item in used):
-        yield f"noise indices must rise and lie in [0, {table.noise_count}), got {used}"
+        before = stage
+    if len(used) != table.noise_count or used != list(range(len(used))):
+        yield f"every noise of the bank is used once and in order, got {used} of {table.noise_count}"
+    yield from _range_problems(table)
 
 
-def _guidance_problems(guidance: Guidance) -> Iterator[str]:
+def _range_problems(table: SamplerTable) -> Iterator[str]:
+    span = table.space.get("value_range")
+    if not (isinstance(span, list | tuple) and len(span) == 2 and _rise(*span)):
+        yield f"space needs a `value_range` [low, high], got {span!r}"
+    if table.clamp is not None and not _rise(*table.clamp):
+        yield f"clamp range {list(table.clamp)} is empty"
+
+
+def _guidance_problems(guidance: Guidance, conditions: set[str]) -> Iterator[str]:
     if guidance.mode not in GUIDANCE_MODES:
         yield f"guidance mode must be one of {', '.join(GUIDANCE_MODES)}, got {guidance.mode!r}"
     if (guidance.mode == "embedded") != (guidance.input is not None):
         yield "guidance has an `input` exactly when its mode is 'embedded'"
+    if (guidance.mode == "cfg") != bool(guidance.null) or not set(guidance.null) <= conditions:
+        yield "guidance has `null` values of conditions exactly when its mode is 'cfg'"
     low, high = guidance.range
-    if not low <= guidance.default <= high:
+    if not _finite(low, high, guidance.default) or not low <= guidance.default <= high:
         yield f"guidance default {guidance.default} is outside of its range [{low}, {high}]"
+
+
+def _stage_problems(stage: Stage, before: Stage | None, where: str) -> Iterator[str]:
+    if min(stage.shape) < 1 or not _finite(stage.init_noise[0], stage.carry_scale):
+        yield f"{where}: sizes must be positive and coefficients finite"
+    if stage.carry is not None and stage.carry not in CARRIES:
+        yield f"{where}: carry must be one of {', '.join(CARRIES)}, got {stage.carry!r}"
+    if (stage.carry is None) != (before is None):
+        yield f"{where}: the first stage carries nothing, every later one something"
+    elif before is not None and not _carries(before.shape, str(stage.carry), stage.shape):
+        yield f"{where}: {stage.carry} does not lead from {list(before.shape)} to {list(stage.shape)}"
+
+
+def _carries(before: tuple[int, ...], carry: str, after: tuple[int, ...]) -> bool:
+    if carry == "identity":
+        return before == after
+    small, large = (before, after) if carry == "up_nearest" else (after, before)
+    sizes = zip(large, small, strict=True)
+    return before[0] == after[0] and all(high % max(low, 1) == 0 for high, low in sizes)
 
 
 def _row_problems(row: Row, where: str, mode: str) -> Iterator[str]:
     numbers = [*row.feeds.values(), row.in_scale, *row.x0, *(row.clip or ())]
     numbers += [row.next.z, row.next.x0, row.next.raw, row.next.noise, *row.next.previous]
-    if not all(isinstance(item, int | float) and math.isfinite(item) for item in numbers):
-        yield f"{where}: all coefficients must be finite numbers"
-    elif row.clip is not None and not row.clip[0] < row.clip[1]:
+    if not _finite(*numbers, row.guidance_scale or 0.0):
+        yield f"{where}: all coefficients must be finite plain numbers"
+    elif row.clip is not None and not _rise(*row.clip):
         yield f"{where}: clip range {list(row.clip)} is empty"
+    if not row.call and (row.next.x0 != 0 or row.next.raw != 0):
+        yield f"{where}: calls no network and has no x0 or raw to use"
     if (row.noise is None) != (row.next.noise == 0):
         yield f"{where}: a noise index and a noise coefficient come together"
     if (row.guidance_scale is not None) != (mode == "cfg" and bool(row.call)):
         yield f"{where}: `guidance_scale` is there exactly when the guidance mode is 'cfg'"
+
+
+def _finite(*numbers: Any) -> bool:
+    # A numpy float64 would lift a float32 state to float64, so the type is looked at too.
+    return all(type(item) in (int, float) and math.isfinite(item) for item in numbers)
+
+
+def _rise(low: Any, high: Any) -> bool:
+    return _finite(low, high) and low < high
