@@ -1,5 +1,7 @@
 """Probes: tensors met on a table's own rows, for parity (golden) and for quantization (calibration)."""
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,46 @@ from edgedistill.sampler import Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 
 Probes = dict[str, np.ndarray]
+GOLDEN_SAMPLES = 8
+
+
+def golden_samples(table: SamplerTable) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Choose `GOLDEN_SAMPLES` samples that also show what each condition does.
+
+    The second half repeats the noise and conditions of the first, with one condition changed per sample:
+    to the next class, or to the far end of the guidance range. Without conditions all noise differs.
+
+    Returns:
+        A seed per sample, and arrays (count,) by input name.
+    """
+    half = GOLDEN_SAMPLES // 2
+    changes = _changes(table)
+    if not changes:
+        return list(range(GOLDEN_SAMPLES)), network_conditions(table, GOLDEN_SAMPLES, None, {})
+    first = network_conditions(table, half, None, {})
+    conditions = {name: np.concatenate([value, value]) for name, value in first.items()}
+    for index, (name, change) in zip(range(half, 2 * half), itertools.cycle(changes), strict=False):
+        conditions[name][index] = change(conditions[name][index])
+    return [*range(half)] * 2, conditions
+
+
+def _changes(table: SamplerTable) -> list[tuple[str, Callable[[Any], Any]]]:
+    """Return, for each condition that has more than one value, how to get another one."""
+    found: list[tuple[str, Callable[[Any], Any]]] = [
+        (condition.name, functools.partial(_next_class, condition.size))
+        for condition in table.conditions
+        if condition.size is not None and condition.size > 1
+    ]
+    guidance = table.guidance
+    low, high = guidance.range
+    if guidance.input is not None and low < high:
+        far = high if high - guidance.default >= guidance.default - low else low
+        found.append((guidance.input, lambda _: far - 1))
+    return found
+
+
+def _next_class(size: int, value: int) -> int:
+    return (value + 1) % size
 
 
 def spread_conditions(table: SamplerTable, count: int) -> dict[str, np.ndarray]:

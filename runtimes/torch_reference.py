@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from edgedistill.contract import Signature
-from edgedistill.errors import require
+from edgedistill.errors import ConfigError, require
 from edgedistill.network import Session
 
 from .options import accept
@@ -19,11 +19,11 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     Args:
         path: The network's folder.
         signature: Its inputs and its one output.
-        options: ``device`` (``"cpu"``) and ``threads`` (torch's own choice).
+        options: ``device`` (``"cpu"``, ``"cuda"``, ``"mps"``) and ``threads`` (0: torch's own choice).
 
     Raises:
         BundleError: If the folder does not hold a whole network of this release.
-        ConfigError: If an option is unknown.
+        ConfigError: If an option is unknown or the device is not there.
         MissingDependencyError: If torch or diffusers is not installed.
     """
     torch = require("torch", "train")
@@ -31,16 +31,16 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     from edgedistill.models import store
 
     chosen = accept("torch", options, device="cpu", threads=0)
+    device = _device(torch, str(chosen["device"]).lower())
     if chosen["threads"]:
         torch.set_num_threads(int(chosen["threads"]))
-    network = store.load(path).to(chosen["device"])
+    network = store.load(path).to(device)
     output = signature.outputs[0].name
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         # torch.tensor copies: the network may write into what it is given, and feeds may be read-only.
         inputs = {
-            spec.name: torch.tensor(feeds[spec.name], device=chosen["device"])
-            for spec in signature.inputs
+            spec.name: torch.tensor(feeds[spec.name], device=device) for spec in signature.inputs
         }
         with torch.inference_mode():
             return {output: store.call(network, inputs).cpu().numpy()}
@@ -51,3 +51,12 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
 def describe() -> str:
     """Say what runs the network."""
     return f"PyTorch {require('torch', 'train').__version__}"
+
+
+def _device(torch: Any, name: str) -> str:
+    backends = {"cpu": torch.cpu, "cuda": torch.cuda, "mps": torch.backends.mps}
+    available = [key for key, backend in backends.items() if backend.is_available()]
+    if name not in available:
+        msg = f"PyTorch has no device {name!r} here; it has: {', '.join(available)}."
+        raise ConfigError(msg)
+    return name

@@ -1,0 +1,177 @@
+"""`edgedistill export`: read the command line, call, print."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.errors import ConfigError
+
+from .formats import ALL, FORMATS, ExportOptions
+
+if TYPE_CHECKING:
+    from edgedistill.bundle import Artifact, Bundle
+
+_DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
+_HEADERS = ("artifact", "runtime", "MB", "SNR dB")
+_LEGEND = "SNR: one call of the written file against PyTorch, from noise."
+_DESCRIPTION = """\
+Write a student as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch reference, with the sampler
+table, golden tensors and calibration inputs. Each file is run once beside PyTorch before the bundle
+appears. A bundle that already holds this student gets what it lacks and keeps what it has."""
+_EPILOG = """\
+examples:
+  edgedistill export onnx -m student bundle
+  edgedistill export openvino -m student bundle --dtype fp16
+  edgedistill export coreml -m student bundle --min-deployment-target iOS18
+  edgedistill export all -m student -o bundle
+
+Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
+"""
+
+
+def register(commands: Any) -> None:
+    """Add `edgedistill export`."""
+    parser = _parser(commands, "export", "write a student as ONNX, OpenVINO, Core ML")
+    formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True)
+    for name, short in (
+        ("onnx", "ONNX, for ONNX Runtime"),
+        ("openvino", "OpenVINO IR, for Intel CPUs and GPUs"),
+        ("coreml", "ML Program packages, for iPhone and Mac"),
+        (ALL, "all of them"),
+    ):
+        one = _parser(formats, name, short)
+        _add_shared(one)
+        if name != ALL:
+            _add_precision(one, FORMATS[name].precisions)
+        if name in ("onnx", "openvino"):
+            one.add_argument("--dynamic", action="store_true", help="leave the batch size free")
+        if name in ("onnx", ALL):
+            _add_onnx(one)
+        if name in ("coreml", ALL):
+            one.add_argument(
+                "--min-deployment-target",
+                metavar="OS",
+                default=ExportOptions.deployment_target,
+                help="earliest system for Core ML (default: %(default)s)",
+            )
+        one.set_defaults(run=_run, format=name)
+
+
+def _parser(commands: Any, name: str, short: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=short,
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return made
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-m",
+        "--model",
+        "--model-name-or-path",
+        metavar="STUDENT",
+        type=Path,
+        required=True,
+        help="folder that `distill` made",
+    )
+    parser.add_argument(
+        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="folder to make or to add to"
+    )
+    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the same")
+    parser.add_argument(
+        "--batch-size", metavar="N", type=int, default=1, help="of the graphs (default: 1)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a BUNDLE, whatever it holds"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(dtype=None, dynamic=False, opset=None, dynamo=False)
+    parser.set_defaults(min_deployment_target=ExportOptions.deployment_target)
+
+
+def _add_precision(parser: argparse.ArgumentParser, precisions: tuple[str, ...]) -> None:
+    short = ", ".join(f"fp{name.removeprefix('float')}" for name in precisions)
+    parser.add_argument(
+        "--dtype", choices=list(_DTYPES), metavar="D", help=f"{short} (default: all of these)"
+    )
+
+
+def _add_onnx(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--opset", metavar="N", type=int, help="of ONNX (default: 17)")
+    parser.add_argument(
+        "--dynamo", action="store_true", help="newer ONNX exporter: half the nodes, 20x the time"
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    if (options.bundle is None) == (options.output is None):
+        msg = "Name the bundle once, as BUNDLE or with -o."
+        raise ConfigError(msg)
+    settings = ExportOptions(
+        dtype=_DTYPES.get(options.dtype),
+        batch=None if options.dynamic else options.batch_size,
+        opset=options.opset,
+        dynamo=options.dynamo,
+        deployment_target=options.min_deployment_target,
+        overwrite=options.overwrite,
+    )
+    # The heavy half of the work begins here; `--help` and a wrong command line end before it.
+    from tqdm import tqdm
+
+    from edgedistill.student import Student
+
+    student = Student.open(options.model)
+    from .assemble import export_student
+
+    with tqdm(unit="artifact", leave=False) as bar:
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(what)
+
+        bundle = export_student(
+            student, options.bundle or options.output, [options.format], settings, tell
+        )
+    _tell(bundle, as_json=options.json)
+    return 0
+
+
+def _tell(bundle: "Bundle", *, as_json: bool) -> None:
+    artifacts = [_describe(bundle, item) for item in bundle.artifacts.values()]
+    if as_json:
+        about = {
+            "bundle": str(bundle.root),
+            "name": bundle.name,
+            "fingerprint": bundle.fingerprint,
+        }
+        print(json.dumps({**about, "artifacts": artifacts}, indent=1))
+        return
+    from edgedistill.terminal import aligned
+
+    rows = [
+        (
+            item["name"],
+            item["runtime"],
+            f"{item['bytes'] / 1e6:.2f}",
+            "-" if item["snr_db"] is None else f"{item['snr_db']:.1f}",
+        )
+        for item in artifacts
+    ]
+    print(aligned(_HEADERS, rows), _LEGEND, f"Written: {bundle.root}", sep="\n")
+
+
+def _describe(bundle: "Bundle", artifact: "Artifact") -> dict[str, Any]:
+    return {
+        "name": artifact.name,
+        "runtime": artifact.runtime,
+        "format": artifact.format,
+        "precision": artifact.precision,
+        "paths": [network.path for network in artifact.networks.values()],
+        "bytes": bundle.size(artifact),
+        "snr_db": artifact.made_with.get("snr_db"),
+    }

@@ -1,0 +1,141 @@
+"""What a student can be exported to: formats, their precisions, their writers and options."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgedistill.contract import Signature
+from edgedistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DTYPES = ("float32", "float16")
+ALL = "all"
+Settings = Mapping[str, Any]
+Writer = Callable[["nn.Module", Signature, Path, str, Settings], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Fields:
+        dtype: One of `DTYPES`; None: all that a format has.
+        batch: Fixed batch size of the graphs; None: free.
+        opset, dynamo: See `export.to_onnx.write_onnx`.
+        deployment_target: See `export.to_coreml.write_coreml`.
+        overwrite: Replace a bundle that is there, whatever it holds.
+    """
+
+    dtype: str | None = None
+    batch: int | None = 1
+    opset: int | None = None
+    dynamo: bool = False
+    deployment_target: str = "iOS17"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            msg = f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
+            raise ConfigError(msg)
+        if self.batch is not None and self.batch < 1:
+            msg = f"`batch` must be 1 or more, got {self.batch}."
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a network.
+
+    Fields:
+        runtime: Entry-point name of what opens it.
+        suffix: Of the file.
+        precisions: What it is written in, the one to ship first.
+        settings: Fields of `ExportOptions` that change the file.
+        write: Takes (network, signature, path, precision, settings), returns what made the file and
+            its ``snr_db``.
+    """
+
+    runtime: str
+    suffix: str
+    precisions: tuple[str, ...]
+    settings: tuple[str, ...]
+    write: Writer
+
+
+def _onnx(
+    network: "nn.Module", signature: Signature, path: Path, _precision: str, settings: Settings
+) -> dict[str, Any]:
+    from .to_onnx import write_onnx
+
+    return write_onnx(network, signature, path, opset=settings["opset"], dynamo=settings["dynamo"])
+
+
+def _openvino(
+    network: "nn.Module", signature: Signature, path: Path, precision: str, _settings: Settings
+) -> dict[str, Any]:
+    from .to_openvino import write_openvino
+
+    return write_openvino(network, signature, path, precision=precision)
+
+
+def _coreml(
+    network: "nn.Module", signature: Signature, path: Path, precision: str, settings: Settings
+) -> dict[str, Any]:
+    from .to_coreml import write_coreml
+
+    target = settings["deployment_target"]
+    return write_coreml(network, signature, path, precision=precision, deployment_target=target)
+
+
+FORMATS: Mapping[str, Format] = {
+    "onnx": Format("onnxruntime", ".onnx", ("float32",), ("batch", "opset", "dynamo"), _onnx),
+    "openvino": Format("openvino", ".xml", ("float32", "float16"), ("batch",), _openvino),
+    # A phone runs float16; the float32 twin is what proves the graph right.
+    "coreml": Format(
+        "coreml", ".mlpackage", ("float16", "float32"), ("batch", "deployment_target"), _coreml
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to write.
+
+    Fields:
+        name: Of the artifact, such as ``"onnx-float32"``.
+        format: Name in `FORMATS`.
+        precision: One of the format's.
+        settings: The options that change the file, by name.
+    """
+
+    name: str
+    format: str
+    precision: str
+    settings: Settings
+
+
+def jobs(formats: Iterable[str], options: ExportOptions) -> list[Job]:
+    """Return the artifacts that formats and options ask for, in order.
+
+    Raises:
+        ConfigError: If a format is unknown or is not written in the dtype asked for.
+    """
+    names = list(formats)
+    return list(_jobs(list(FORMATS) if names == [ALL] else names, options))
+
+
+def _jobs(names: Iterable[str], options: ExportOptions) -> Iterator[Job]:
+    for name in names:
+        if name not in FORMATS:
+            msg = f"Unknown format {name!r}: choose one of {', '.join(FORMATS)} or {ALL!r}."
+            raise ConfigError(msg)
+        held = FORMATS[name].precisions
+        if options.dtype not in (None, *held):
+            msg = f"{name} is written in {' and '.join(held)} only, got {options.dtype!r}; leave the dtype out or choose another format."
+            raise ConfigError(msg)
+        settings = {field: getattr(options, field) for field in FORMATS[name].settings}
+        for precision in held if options.dtype is None else (options.dtype,):
+            yield Job(f"{name}-{precision}", name, precision, settings)

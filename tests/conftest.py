@@ -1,0 +1,93 @@
+"""A tiny student with random weights, and its bundle, made once per session."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgedistill.bundle import Bundle
+from edgedistill.table import Condition, Guidance, SamplerTable
+
+CLASSES = 10
+SHAPE = (1, 8, 8)
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+}
+
+
+def make_network(channels=(8, 16), seed=0):
+    """Return a guided UNet whose every input moves its output."""
+    import torch
+    from diffusers import UNet2DModel
+
+    from edgedistill.models.unet import GuidedUNet2DModel
+
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=SHAPE[1],
+        in_channels=SHAPE[0],
+        out_channels=SHAPE[0],
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        add_attention=False,
+        num_class_embeds=CLASSES + 1,
+    )
+    network = GuidedUNet2DModel(unet)
+    torch.nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1)
+    return network.eval().requires_grad_(False)
+
+
+def make_table(num_steps=3, eta=0.5) -> SamplerTable:
+    """Return a DDIM table that draws noise on the way."""
+    from edgedistill.compiler import compile_scheduler
+
+    return compile_scheduler(
+        SCHEDULER,
+        num_steps,
+        shape=SHAPE,
+        eta=eta,
+        guidance=Guidance("embedded", "w", 1.5, (1.0, 3.0)),
+        conditions=(Condition("class_labels", "class", CLASSES),),
+        clamp=(-1.0, 1.0),
+    )
+
+
+def make_student(folder: Path, seed=0, **table):
+    """Write a student folder and open it."""
+    from edgedistill.models import store
+    from edgedistill.student import Student
+
+    network = make_network(seed=seed)
+    store.save(network, folder / "unet")
+    signatures = {"unet": store.signature(network)}
+    Student(folder, "tiny", make_table(**table), signatures, {"method": "none"}).write_manifest()
+    return Student.open(folder)
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory):
+    """A student folder; read it, never write to it."""
+    return make_student(tmp_path_factory.mktemp("student") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def bundle(student, tmp_path_factory) -> Bundle:
+    """The student's bundle with ONNX and OpenVINO; read it, never write to it."""
+    from export.assemble import export_student
+
+    target = tmp_path_factory.mktemp("bundle") / "tiny"
+    return export_student(student, target, ["onnx", "openvino"])
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
