@@ -75,27 +75,6 @@ def spread_conditions(table: SamplerTable, count: int) -> dict[str, np.ndarray]:
     return conditions
 
 
-def golden_choices(
-    table: SamplerTable, count: int, first_seed: int
-) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Return seeds and conditions with which a response to each condition can be seen.
-
-    Samples come in groups of one seed. In a group the first sample is followed by one sample per condition
-    that differs from it in this condition alone.
-
-    Returns:
-        One seed per sample, and arrays (count,) by input name.
-    """
-    spread = spread_conditions(table, count)
-    group, member = np.divmod(np.arange(count), 1 + len(spread))
-    head = np.arange(count) - member
-    conditions = {
-        name: np.where(member == place, value, value[head])
-        for place, (name, value) in enumerate(spread.items(), start=1)
-    }
-    return [first_seed + int(item) for item in group], conditions
-
-
 def record_golden(
     table: SamplerTable,
     networks: Mapping[str, Network],

@@ -2,13 +2,19 @@
 
 import json
 import re
+import runpy
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import edgedistill
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_sample_writes_an_enlarged_sheet_and_says_what_it_made(run, handmade, tmp_path):
@@ -181,9 +187,27 @@ def test_the_page_holds_everything_and_fetches_nothing(run, make, fake, tmp_path
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
 def test_parity_of_the_exported_bundle(run, bundle, runtime):
-    status, out, err = run("parity", bundle, "--runtime", runtime, "--json")
+    status, out, err = run("parity", bundle.root, "--runtime", runtime, "--json")
     assert (status, err) == (0, "")
     for artifact in json.loads(out)["artifacts"]:
+        assert artifact["runtime"] == runtime
         worst = min(row["teacher_forced"]["raw"]["snr_db"] for row in artifact["rows"])
         assert worst >= {"float32": 100, "float16": 50}[artifact["precision"]]
+        assert set(artifact["sensitivity"]) == {"class_labels", "w"}
         assert artifact["call_ms"] > 0
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_sampling_needs_no_framework_and_equals_a_sampler_without_us(bundle, runtime, tmp_path):
+    """In a process where torch and its kin cannot be imported; beside `examples/bare_sampler.py`."""
+    words = ["sample", str(bundle.root), "--runtime", runtime, "-n", "5"]
+    words += ["-o", str(tmp_path / "g.png"), "--npy", str(tmp_path / "a.npy")]
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'safetensors.torch', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+        f"from edgedistill.cli import main\nsys.exit(main({words!r}))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    bare = runpy.run_path(str(EXAMPLES / "bare_sampler.py"))
+    assert np.array_equal(bare["sample"](bundle.root, runtime, 5), np.load(tmp_path / "a.npy"))

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -9,7 +10,7 @@ from edgedistill import __version__, cli, plugins
 from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.terminal import aligned
 
-HEAVY = ("numpy", "torch", "diffusers", "onnx", "onnxruntime", "openvino", "coremltools", "nncf")
+HEAVY = ("torch", "diffusers", "onnx", "onnxruntime", "openvino", "coremltools", "nncf")
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_help_teaches_and_loads_nothing_heavy(words):
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stderr) == []
     assert made.stdout.startswith(" ".join(["usage: edgedistill", *words]))
-    assert "examples" in made.stdout
+    assert re.search("examples|Exit status", made.stdout)
 
 
 def test_python_dash_m_is_the_same_command():
