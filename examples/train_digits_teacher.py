@@ -5,15 +5,16 @@ and the same kind of processor::
 
     python examples/train_digits_teacher.py -o my_teacher        # train, write the folder, print figures
     python examples/train_digits_teacher.py --check              # train again, compare with the packaged files
-
 """
 
 import argparse
+import itertools
 import math
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
@@ -21,10 +22,13 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from edgedistill.data import Images, load_digits
+from edgedistill.evaluation.report import Evaluator
 from edgedistill.files import sha256, write_json
 from edgedistill.models import store
-from edgedistill.teacher import PACKAGED
+from edgedistill.models.run import sample_torch
+from edgedistill.teacher import PACKAGED, Teacher
 
+SHIPPED = PACKAGED["digits"]
 CLASSES = 10
 NULL = CLASSES  # the label that stands for "no class", for classifier-free guidance
 BATCH = 128
@@ -122,17 +126,10 @@ def write(network: UNet2DModel, folder: Path) -> None:
     )
 
 
-def differing_files(made: Path, shipped: Path) -> list[str]:
-    """Return the names of the files of `made` whose bytes are not those in `shipped`."""
+def check(made: Path) -> int:
+    """Compare a folder with the packaged one, byte for byte; return the exit status."""
     names = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
-    return [str(name) for name in names if sha256(made / name) != sha256(shipped / name)]
-
-
-def check(network: UNet2DModel) -> int:
-    """Compare a newly trained network with the packaged one; return the exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        write(network, Path(folder))
-        different = differing_files(Path(folder), PACKAGED["digits"])
+    different = [str(name) for name in names if sha256(made / name) != sha256(SHIPPED / name)]
     if different:
         print(
             f"Not the packaged bytes: {', '.join(different)}. Another version of torch or diffusers, or another "
@@ -143,8 +140,21 @@ def check(network: UNet2DModel) -> int:
     return 0
 
 
+def print_figures(folder: Path) -> None:
+    """Measure 1000 samples at several numbers of steps, with and without guidance."""
+    teacher, evaluator = Teacher.open(folder), Evaluator.open("digits")
+    print("steps    w  Frechet (real v real)  recall  diversity  memorisation  accuracy")
+    for steps, w in itertools.product((50, 8, 4, 2, 1), (0.5, 0.0)):
+        samples = sample_torch({"unet": teacher.network}, teacher.table(steps, 1 + w), 1000)
+        report = evaluator.report(samples, np.arange(1000) % CLASSES)
+        print(
+            f"{steps:5} {w:4} {report.frechet:8.3f} {report.floor:14.3f} {report.recall:7.3f} "
+            f"{report.diversity:10.3f} {report.memorisation:13.3f} {report.accuracy:9.3f}"
+        )
+
+
 def main() -> int:
-    """Train, then write or compare."""
+    """Train, then write and measure, or compare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("-o", "--output", type=Path, help="folder to write")
@@ -155,9 +165,11 @@ def main() -> int:
     torch.set_num_threads(1)  # sums over several threads may differ in the last bit
     network = train(load_digits(), arguments.steps, arguments.seed)
     if arguments.check:
-        return check(network)
+        with tempfile.TemporaryDirectory() as folder:
+            write(network, Path(folder))
+            return check(Path(folder))
     write(network, arguments.output)
-    print(arguments.output)
+    print_figures(arguments.output)
     return 0
 
 

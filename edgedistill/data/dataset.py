@@ -10,6 +10,7 @@ import numpy as np
 from edgedistill.errors import ConfigError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow would clip them to 8 bits
 
 
 class ImageDataset(Protocol):
@@ -97,10 +98,15 @@ def read_npz(path: Path) -> Images:
     Raises:
         ConfigError: As `open_dataset`.
     """
+    if not zipfile.is_zipfile(path):
+        msg = (
+            f"{path}: not an .npz archive; make one with numpy.savez(path, images=..., labels=...)."
+        )
+        raise ConfigError(msg)
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("images", "labels") if name in archive}
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
         msg = f"{path}: not an .npz archive of plain arrays ({error})."
         raise ConfigError(msg) from error
     if "images" not in arrays:
@@ -143,8 +149,10 @@ def _read_image(path: Path) -> np.ndarray:
 
     try:
         with Image.open(path) as image:
-            grey = image.mode in ("1", "L", "I;16")
-            return np.atleast_3d(np.asarray(image.convert("L" if grey else "RGB")))
+            if image.mode in _WIDE_MODES:
+                msg = f"{path}: holds more than 8 bits per channel (mode {image.mode}); convert it to 8 bits."
+                raise ConfigError(msg)
+            return np.atleast_3d(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
     except (UnidentifiedImageError, OSError) as error:
         msg = f"{path}: cannot be read as an image ({error})."
         raise ConfigError(msg) from error

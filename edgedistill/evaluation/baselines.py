@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from edgedistill import __version__
 from edgedistill.evaluation.report import Evaluator, QualityReport
 from edgedistill.files import read_json, write_json, written_aside
 from edgedistill.models.run import sample_torch
-from edgedistill.table import SamplerTable
 from edgedistill.teacher import Teacher
 
 _FIGURES, _SAMPLES = "baselines.json", "reference.safetensors"
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Naive:
-    """The teacher at a few steps, without distillation."""
+    """The teacher at a few steps, without distillation: the strongest of those tried."""
 
     steps: int
     w: float
@@ -60,19 +60,16 @@ class Baselines:
     Fields:
         settings: How it was sampled; students must use the same count and seed.
         teacher: The guided many-step teacher.
-        naive: Every naive teacher that was tried.
+        naive: By number of steps, the naive teacher of the smallest Frechet distance.
+        tried: Every naive teacher's (steps, w, spacing, Frechet distance).
         reference: float32 (count, channels, height, width), the samples behind `teacher`.
     """
 
     settings: Settings
     teacher: QualityReport
-    naive: tuple[Naive, ...]
+    naive: Mapping[int, Naive]
+    tried: tuple[tuple[int, float, str, float], ...]
     reference: np.ndarray
-
-    def strongest(self, steps: int) -> Naive:
-        """Return the naive teacher of the smallest Frechet distance at a number of steps."""
-        tried = [item for item in self.naive if item.steps == steps]
-        return min(tried, key=lambda item: item.report.frechet)
 
 
 def naive_baselines(
@@ -102,19 +99,27 @@ def naive_baselines(
 
 def _measure(teacher: Teacher, evaluator: Evaluator, settings: Settings) -> Baselines:
     labels = None if teacher.classes is None else np.arange(settings.count) % teacher.classes
-
-    def sample(table: SamplerTable) -> np.ndarray:
-        modules = dict.fromkeys(table.networks, teacher.network)
-        return sample_torch(modules, table, settings.count, seed=settings.seed)
-
-    reference = sample(teacher.table(settings.reference_steps, 1 + settings.reference_w))
+    reference = _sample(teacher, settings, settings.reference_steps, settings.reference_w)
     best = evaluator.report(reference, labels)
-    naive = []
+    naive: dict[int, Naive] = {}
+    tried = []
     choices = list(itertools.product(settings.steps, settings.w, settings.spacings))
     for steps, w, spacing in tqdm(choices, desc="naive teachers", disable=None):
-        samples = sample(teacher.table(steps, 1 + w, spacing))
-        naive.append(Naive(steps, w, spacing, evaluator.report(samples, labels, reference)))
-    return Baselines(settings, best, tuple(naive), reference)
+        samples = _sample(teacher, settings, steps, w, spacing)
+        frechet = evaluator.frechet(samples)
+        tried.append((steps, w, spacing, frechet))
+        if steps not in naive or frechet < naive[steps].report.frechet:
+            report = evaluator.report(samples, labels, reference)
+            naive[steps] = Naive(steps, w, spacing, report)
+    return Baselines(settings, best, naive, tuple(tried), reference)
+
+
+def _sample(
+    teacher: Teacher, settings: Settings, steps: int, w: float, spacing: str | None = None
+) -> np.ndarray:
+    table = teacher.table(steps, 1 + w, spacing)
+    modules = dict.fromkeys(table.networks, teacher.network)
+    return sample_torch(modules, table, settings.count, seed=settings.seed)
 
 
 def _fingerprint(teacher: Teacher, evaluator: Evaluator, settings: Settings) -> str:
@@ -130,7 +135,8 @@ def _fingerprint(teacher: Teacher, evaluator: Evaluator, settings: Settings) -> 
 def _write(entry: Path, made: Baselines) -> None:
     figures = {
         "teacher": made.teacher.to_json(),
-        "naive": [dataclasses.asdict(item) for item in made.naive],
+        "naive": [dataclasses.asdict(item) for item in made.naive.values()],
+        "tried": made.tried,
     }
     with written_aside(entry) as folder:
         save_file({"reference": made.reference}, folder / _SAMPLES)
@@ -143,5 +149,10 @@ def _read(entry: Path, settings: Settings) -> Baselines:
         Naive(**{**item, "report": QualityReport.from_json(item["report"])})
         for item in figures["naive"]
     ]
-    teacher = QualityReport.from_json(figures["teacher"])
-    return Baselines(settings, teacher, tuple(naive), load_file(entry / _SAMPLES)["reference"])
+    return Baselines(
+        settings,
+        QualityReport.from_json(figures["teacher"]),
+        {item.steps: item for item in naive},
+        tuple(tuple(item) for item in figures["tried"]),
+        load_file(entry / _SAMPLES)["reference"],
+    )

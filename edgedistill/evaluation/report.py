@@ -138,6 +138,11 @@ class Evaluator:
             else metrics.mse_to_reference(samples, reference),
         )
 
+    def frechet(self, samples: np.ndarray) -> float:
+        """Return the Frechet distance of samples to the held-out images."""
+        made = extract(self.extractor, samples)
+        return metrics.frechet_distance(made, self.held_out_features)
+
     def _floor(self, count: int) -> float:
         chosen = self.train_features[balanced(self.train, count)]
         return metrics.frechet_distance(chosen, self.held_out_features)
