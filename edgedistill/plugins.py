@@ -1,4 +1,4 @@
-"""Commands and runtimes found through entry points, so that the core imports no wing."""
+"""Commands, runtimes and reports found through entry points, so that the core imports no wing."""
 
 import functools
 import importlib.util
@@ -10,6 +10,7 @@ from edgedistill.errors import ConfigError
 
 COMMANDS = "edgedistill.commands"
 RUNTIMES = "edgedistill.runtimes"
+REPORTS = "edgedistill.reports"
 ALIASES = {"ort": "onnxruntime", "ov": "openvino", "core-ml": "coreml", "pytorch": "torch"}
 _HOME = Path(__file__).resolve().parent.parent
 

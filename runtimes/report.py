@@ -26,13 +26,20 @@ def render(report: ParityReport) -> str:
         page.bullets([page.joined(page.badge("failed", "bad"), s) for s in report.failures])
         if report.failures
         else "",
+        *parity_sections(report),
+        environment(report.environment),
+    )
+
+
+def parity_sections(report: ParityReport) -> list[Html]:
+    """Return all that a page can show of a report, in reading order."""
+    return [
         summary(report),
         rows(report),
         samples(report),
         numbers(report),
-        _floors(report),
-        environment(report.environment),
-    )
+        floors(report),
+    ]
 
 
 def summary(report: ParityReport) -> Html:
@@ -112,6 +119,15 @@ def numbers(report: ParityReport) -> Html:
             for item in report.artifacts
             if item.rows
         ],
+    )
+
+
+def floors(report: ParityReport) -> Html:
+    """Return what each precision must reach, with the reason."""
+    lines = [[p, required(floor_of(p)), floor_of(p).reason] for p in report.precisions]
+    return page.section(
+        "What is required, and why",
+        page.table(("precision", "at least", "because"), lines, left=(0,), prose=(1, 2)),
     )
 
 
@@ -203,11 +219,3 @@ def _row_cells(row: RowParity) -> list[str]:
         f"{raw.max_abs:.2g}" if raw else "-",
         f"{row.free.max_abs:.2g}",
     ]
-
-
-def _floors(report: ParityReport) -> Html:
-    lines = [[p, required(floor_of(p)), floor_of(p).reason] for p in report.precisions]
-    return page.section(
-        "What is required, and why",
-        page.table(("precision", "at least", "because"), lines, left=(0,), prose=(1, 2)),
-    )
