@@ -22,6 +22,7 @@ _CANNOT_WRITE = {
     errno.EACCES: "choose a folder that you may write",
     errno.EPERM: "choose a folder that you may write",
     errno.EISDIR: "a folder is in the way; choose another name",
+    errno.EEXIST: "a part of the path is a file; choose another place",
     errno.ENOTDIR: "a part of the path is a file; choose another place",
 }
 

@@ -42,10 +42,9 @@ def register(commands: Any) -> None:
     ):
         one = _parser(formats, name, short)
         _add_shared(one)
+        _add_batch(one, may_be_free=name in ("onnx", "openvino"))
         if name != ALL:
             _add_precision(one, FORMATS[name].precisions)
-        if name in ("onnx", "openvino"):
-            one.add_argument("--dynamic", action="store_true", help="leave the batch size free")
         if name in ("onnx", ALL):
             _add_onnx(one)
         if name in ("coreml", ALL):
@@ -84,14 +83,20 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the same")
     parser.add_argument(
-        "--batch-size", metavar="N", type=int, default=1, help="of the graphs (default: 1)"
-    )
-    parser.add_argument(
         "--overwrite", action="store_true", help="replace a BUNDLE, whatever it holds"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(dtype=None, dynamic=False, opset=None, dynamo=False)
     parser.set_defaults(min_deployment_target=ExportOptions.deployment_target)
+
+
+def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
+    batch = parser.add_mutually_exclusive_group()
+    batch.add_argument(
+        "--batch-size", metavar="N", type=int, default=1, help="of the graphs (default: 1)"
+    )
+    if may_be_free:
+        batch.add_argument("--dynamic", action="store_true", help="leave the batch size free")
 
 
 def _add_precision(parser: argparse.ArgumentParser, precisions: tuple[str, ...]) -> None:
@@ -102,7 +107,9 @@ def _add_precision(parser: argparse.ArgumentParser, precisions: tuple[str, ...])
 
 
 def _add_onnx(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--opset", metavar="N", type=int, help="of ONNX (default: 17)")
+    parser.add_argument(
+        "--opset", metavar="N", type=int, help="of ONNX (default: 17; 20 with --dynamo)"
+    )
     parser.add_argument(
         "--dynamo", action="store_true", help="newer ONNX exporter: half the nodes, 20x the time"
     )

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.contract import Signature
 from edgedistill.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from edgedistill.contract import Signature
+
 DTYPES = ("float32", "float16")
 ALL = "all"
 Settings = Mapping[str, Any]
-Writer = Callable[["nn.Module", Signature, Path, str, Settings], dict[str, Any]]
+Writer = Callable[["nn.Module", "Signature", Path, str, Settings], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Format:
 
 
 def _onnx(
-    network: "nn.Module", signature: Signature, path: Path, _precision: str, settings: Settings
+    network: "nn.Module", signature: "Signature", path: Path, _precision: str, settings: Settings
 ) -> dict[str, Any]:
     from .to_onnx import write_onnx
 
@@ -74,7 +75,7 @@ def _onnx(
 
 
 def _openvino(
-    network: "nn.Module", signature: Signature, path: Path, precision: str, _settings: Settings
+    network: "nn.Module", signature: "Signature", path: Path, precision: str, _settings: Settings
 ) -> dict[str, Any]:
     from .to_openvino import write_openvino
 
@@ -82,7 +83,7 @@ def _openvino(
 
 
 def _coreml(
-    network: "nn.Module", signature: Signature, path: Path, precision: str, settings: Settings
+    network: "nn.Module", signature: "Signature", path: Path, precision: str, settings: Settings
 ) -> dict[str, Any]:
     from .to_coreml import write_coreml
 

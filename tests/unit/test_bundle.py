@@ -1,0 +1,229 @@
+"""A bundle opens only if it is whole, and changes only as a whole."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from edgedistill import bundle as bundles
+from edgedistill.bundle import MANIFEST, Artifact, Bundle, NetworkFile, seal, write_bundle
+from edgedistill.contract import Signature, TensorSpec
+from edgedistill.errors import BundleError
+from edgedistill.files import write_json
+from edgedistill.table import Row, SamplerTable, Stage
+
+SIGNATURE = Signature(
+    (TensorSpec("sample", ("batch", 1, 2, 2), "float32", "x"),),
+    (TensorSpec("out_sample", ("batch", 1, 2, 2), "float32", "raw"),),
+)
+FILES = [
+    "onnx/float32/unet.onnx",
+    "onnx/float32/unet.onnx_data",
+    "probes/golden.safetensors",
+    "sampler.json",
+    "torch/float32/unet/config.json",
+    "torch/float32/unet/weights",
+]
+
+
+def artifact(form: str, path: str) -> Artifact:
+    return Artifact(
+        f"{form}-float32",
+        {"onnx": "onnxruntime"}.get(form, form),
+        form,
+        "float32",
+        {"unet": NetworkFile(path, SIGNATURE)},
+        {"options": {"batch": 1}},
+    )
+
+
+def fill(draft: bundles.Draft) -> None:
+    for name in FILES:
+        if name != "sampler.json":
+            (draft.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.root / name).write_text(name)
+    draft.add(artifact("torch", "torch/float32/unet"))
+    draft.add(artifact("onnx", "onnx/float32/unet.onnx"))
+
+
+@pytest.fixture
+def small(tmp_path) -> Bundle:
+    table = SamplerTable((Stage((1, 2, 2), (Row(("unet",), x0=(0.0, 1.0)),)),), noise_count=1)
+    base = Bundle(tmp_path, "small", "f" * 64, table, {}, {"method": "none"})
+    return write_bundle(tmp_path / "small", base, fill)
+
+
+def reseal(root, change) -> None:
+    """Change the manifest as someone would who knows how it is sealed."""
+    data = json.loads((root / MANIFEST).read_text())
+    change(data)
+    write_json(root / MANIFEST, {**data, "seal": seal(data)})
+
+
+def snapshot(root):
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_bundle_survives_the_round_trip(small, tmp_path):
+    opened = Bundle.open(str(tmp_path / "small"))
+    assert opened == dataclasses.replace(small, root=tmp_path / "small")
+    assert sorted(snapshot(small.root)) == sorted([*FILES, MANIFEST])
+    assert opened.artifacts["onnx-float32"].networks["unet"].signature == SIGNATURE
+    assert opened.provenance == {"method": "none"}
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_an_artifact_is_found_by_name_and_by_runtime(small):
+    assert small.artifact().name == "torch-float32"
+    assert small.artifact(runtime="onnxruntime").name == "onnx-float32"
+    assert small.artifact("onnx-float32").runtime == "onnxruntime"
+    for wanted in (("onnx-float32", "torch"), ("onnx-int8", None), (None, "coreml")):
+        with pytest.raises(BundleError, match=r"the bundle holds: torch-float32 \(torch\), onnx"):
+            small.artifact(*wanted)
+
+
+def test_the_weights_beside_a_graph_are_counted_and_kept(small, tmp_path):
+    assert small.size(small.artifact("onnx-float32")) == len(FILES[0]) + len(FILES[1])
+    assert small.size(small.artifact("torch-float32")) == len(FILES[4]) + len(FILES[5])
+    twin = write_bundle(tmp_path / "twin", small, lambda _: None, ["onnx-float32"])
+    assert sorted(snapshot(twin.root)) == sorted([*FILES[:4], MANIFEST])
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_one_flipped_bit_is_found_in_every_file(small, name):
+    path = small.root / name
+    whole = path.read_bytes()
+    message = "damaged|not a JSON|not an edgedistill" if name == MANIFEST else f"{name}: damaged"
+    for position in (0, len(whole) // 3, len(whole) // 2, len(whole) - 2):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(small.root)
+    path.write_bytes(whole)
+    assert Bundle.open(small.root).name == "small"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(small, name):
+    (small.root / name).unlink()
+    with pytest.raises(BundleError, match=f"{name}: missing; the manifest lists it"):
+        Bundle.open(small.root)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(BundleError, match="nowhere: not a bundle: no such folder; make one with"):
+        Bundle.open(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=f"not a bundle: it holds no {MANIFEST}"):
+        Bundle.open(tmp_path)
+    for text, message in (("[]", "not an edgedistill manifest"), ("{", "not a JSON file")):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("2.0", "newer than 1.0.*upgrade edgedistill"),
+        ("one", "must look like '1.0'"),
+        (None, "must"),
+    ],
+)
+def test_another_schema_is_refused(small, version, message):
+    reseal(small.root, lambda data: data.update(schema_version=version))
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(small.root)
+
+
+def test_a_newer_minor_schema_is_read(small):
+    reseal(small.root, lambda data: data.update(schema_version="1.7"))
+    assert Bundle.open(small.root).name == "small"
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, ABSENT) for key in ("files", "artifacts", "name", "fingerprint", "provenance")]
+    + [("files", None), ("files", {"x": 1}), ("artifacts", []), ("artifacts", {"onnx": {}})],
+)
+def test_a_malformed_manifest_is_one_error(small, key, value):
+    (small.root / "x").touch()
+    reseal(small.root, lambda data: data.pop(key) if value is ABSENT else data.update({key: value}))
+    with pytest.raises(BundleError, match=f"{MANIFEST}: malformed"):
+        Bundle.open(small.root)
+
+
+def outside_artifact(path):
+    return lambda data: data["artifacts"]["onnx-float32"]["networks"]["unet"].update(path=path)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../secret", "onnx/../../secret"])
+@pytest.mark.parametrize("where", ["artifact", "file"])
+def test_a_manifest_that_points_outside_is_refused(small, tmp_path, path, where):
+    (tmp_path / "secret").write_text("secret")
+    if where == "artifact":
+        reseal(small.root, outside_artifact(path))
+    else:
+        entry = {"sha256": "0" * 64, "bytes": 6}
+        reseal(small.root, lambda data: data["files"].update({path: entry}))
+    with pytest.raises(BundleError, match="lies outside of the folder"):
+        Bundle.open(small.root)
+
+
+def test_a_link_that_leads_outside_is_refused(small, tmp_path):
+    path = small.root / FILES[0]
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="lies outside of the folder"):
+        Bundle.open(small.root)
+
+
+@pytest.mark.parametrize("name", ["onnx/float32/unet.onnx", "sampler.json"])
+def test_a_file_without_a_hash_is_not_used(small, name):
+    reseal(small.root, lambda data: data["files"].pop(name))
+    with pytest.raises(BundleError, match="holds no hash of it"):
+        Bundle.open(small.root)
+
+
+def test_what_is_no_bundle_is_not_replaced(small, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError, match="exists and is not a bundle"):
+        write_bundle(tmp_path / "home", small, fill)
+    assert snapshot(tmp_path / "home") == {"thesis.tex": b"years of work"}
+    (tmp_path / "empty").mkdir()
+    assert write_bundle(tmp_path / "empty", small, fill).name == "small"
+
+
+def test_a_writer_that_fails_leaves_the_old_bundle(small, tmp_path):
+    before = snapshot(small.root)
+
+    def fail(draft):
+        fill(draft)
+        msg = "something broke"
+        raise ArithmeticError(msg)
+
+    with pytest.raises(ArithmeticError):
+        write_bundle(small.root, small, fail)
+    assert snapshot(small.root) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_the_table_of_a_newer_version_is_refused(small):
+    table = small.root / "sampler.json"
+    table.write_text(table.read_text().replace('"spec_version": "1.0"', '"spec_version": "3.1"'))
+    entry = {"sha256": bundles.sha256(table), "bytes": table.stat().st_size}
+    reseal(small.root, lambda data: data["files"].update({"sampler.json": entry}))
+    with pytest.raises(BundleError, match=r"sampler\.json: version 3\.1 is newer"):
+        Bundle.open(small.root)
+
+
+def test_numbers_of_the_table_come_back_to_the_bit(tmp_path):
+    row = Row(("unet",), x0=(1 / 3, np.nextafter(1.0, 2.0).item()))
+    table = SamplerTable((Stage((1, 2, 2), (row,)),), noise_count=1)
+    base = Bundle(tmp_path, "small", "f", table, {}, {})
+    assert write_bundle(tmp_path / "b", base, lambda _: None).table == table
