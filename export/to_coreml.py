@@ -1,0 +1,197 @@
+"""One network to one Core ML package: traced, converted, run once beside PyTorch, then put in place."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import edgedistill
+from edgedistill import plugins
+from edgedistill.contract import Signature, TensorSpec
+from edgedistill.errors import ConfigError, ContractError
+from edgedistill.mlpackage import quiet_coremltools, write_package
+
+from .frozen import Frozen, check_against, examples
+
+# dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
+# floors of edgedistill.parity to say. Large networks lose more in float16: Stable Diffusion 1.5 keeps 48 dB.
+LEAST_DB = {"float32": 100.0, "float16": 40.0}
+DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
+_DTYPES = ("float32", "int32")
+_EMBEDDING_OPS = ("sin", "cos")
+_MEANINGS = {
+    "x": "The noised state.",
+    "t": "The label of the time.",
+    "class": "The index of the class.",
+    "w": "The guidance weight, guidance scale - 1.",
+    "raw": "The prediction.",
+}
+
+
+def write_coreml(
+    network: nn.Module,
+    signature: Signature,
+    path: Path,
+    *,
+    precision: str = "float16",
+    deployment_target: str = "iOS17",
+) -> dict[str, Any]:
+    """Write a network as a Core ML ML Program, with float32 inputs and outputs.
+
+    In float16 the sinusoids of timestep and guidance stay in float32 with all that leads to them: their
+    angles reach thousands of radians, of which float16 keeps less than a turn.
+
+    Args:
+        network: In eval mode, without gradients.
+        signature: Declared names, dtypes and shapes; the batch must be fixed.
+        path: The ``.mlpackage`` to write.
+        precision: ``"float16"`` or ``"float32"``, of the arithmetic and the weights.
+        deployment_target: The earliest system it must run on.
+
+    Returns:
+        What made it: options, versions, and ``snr_db`` against PyTorch.
+
+    Raises:
+        ConfigError: If precision or deployment target is unknown.
+        ContractError: If the batch is free, or a dtype or an operation is not Core ML's.
+        CheckFailedError: If the package's answer is not the network's.
+        MissingDependencyError: If coremltools is not installed.
+    """
+    _check(signature, precision, deployment_target)
+    frozen = Frozen(network, signature)
+    with quiet_coremltools() as coremltools, _without_known_warnings():
+        model = _convert(coremltools, frozen, precision, deployment_target)
+        _describe(model, signature)
+        snr_db = write_package(
+            model,
+            path,
+            lambda package: check_against(
+                frozen,
+                plugins.find(plugins.RUNTIMES, "coreml").open(
+                    package, signature, {"device": "reference"}
+                ),
+                LEAST_DB[precision],
+                str(path),
+            ),
+        )
+    return {
+        "exporter": "coremltools",
+        "precision": precision,
+        "deployment_target": deployment_target,
+        "coremltools": coremltools.__version__,
+        "torch": torch.__version__,
+        "snr_db": snr_db,
+    }
+
+
+def _check(signature: Signature, precision: str, deployment_target: str) -> None:
+    for what, value, known in (
+        ("precision", precision, tuple(LEAST_DB)),
+        ("deployment target", deployment_target, DEPLOYMENT_TARGETS),
+    ):
+        if value not in known:
+            msg = f"Unknown Core ML {what} {value!r}: choose one of {', '.join(known)}."
+            raise ConfigError(msg)
+    if signature.batch is None:
+        msg = (
+            "Core ML needs a fixed batch, got a free one: coremltools cannot convert group norms with it; "
+            "choose a size with `signature.with_batch(n)`."
+        )
+        raise ContractError(msg)
+    for spec in (*signature.inputs, *signature.outputs):
+        if spec.dtype not in _DTYPES:
+            msg = f"`{spec.name}`: a Core ML package is written with {' or '.join(_DTYPES)} here, got {spec.dtype}."
+            raise ContractError(msg)
+
+
+def _convert(coremltools: Any, frozen: Frozen, precision: str, target: str) -> Any:
+    with torch.no_grad():
+        traced = torch.jit.trace(frozen, examples(frozen.signature), check_trace=False)
+        # PyTorch folds the constants: coremltools' numpy is one bit off in the frequencies of the
+        # embeddings, which leaves 96 dB of the sine of a thousand radians.
+        traced = torch.jit.freeze(traced.eval(), optimize_numerics=False)
+    try:
+        return coremltools.convert(
+            traced,
+            convert_to="mlprogram",
+            inputs=[
+                _tensor_type(coremltools, spec, spec.shape) for spec in frozen.signature.inputs
+            ],
+            outputs=[_tensor_type(coremltools, spec) for spec in frozen.signature.outputs],
+            minimum_deployment_target=getattr(coremltools.target, target),
+            skip_model_load=True,
+            **_arithmetic(coremltools, precision),
+        )
+    except NotImplementedError as error:
+        msg = f"coremltools {coremltools.__version__} cannot convert this network: {error}"
+        raise ContractError(msg) from error
+
+
+def _arithmetic(coremltools: Any, precision: str) -> dict[str, Any]:
+    if precision == "float16":
+        selector = _float16_selector()
+        return {"compute_precision": coremltools.transform.FP16ComputePrecision(selector)}
+    passes = coremltools.PassPipeline.DEFAULT
+    # It makes scale and shift of a group norm a batch norm of variance 1, and forgets that this op adds
+    # 1e-5 to the variance: every norm comes out 106 dB true. Float16 does not see it.
+    passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
+    return {"compute_precision": coremltools.precision.FLOAT32, "pass_pipeline": passes}
+
+
+def _tensor_type(coremltools: Any, spec: TensorSpec, shape: Any = None) -> Any:
+    return coremltools.TensorType(name=spec.name, shape=shape, dtype=np.dtype(spec.dtype).type)
+
+
+def _float16_selector() -> Callable[[Any], bool]:
+    """Return a predicate over the ops of one program: may this one be computed in float16?"""
+    kept: dict[int, set[str]] = {}
+
+    def selects(operation: Any) -> bool:
+        block = operation.enclosing_block
+        if id(block) not in kept:  # the first op is asked about before any op is replaced
+            kept[id(block)] = _leading_to(block.operations, _EMBEDDING_OPS)
+        return operation.name not in kept[id(block)]
+
+    return selects
+
+
+def _leading_to(operations: Any, kinds: tuple[str, ...]) -> set[str]:
+    """Return the names of the ops of some kinds and of all that they are computed from."""
+    open_ends = [operation for operation in operations if operation.op_type in kinds]
+    found: set[str] = set()
+    while open_ends:
+        operation = open_ends.pop()
+        found.add(operation.name)
+        for given in operation.inputs.values():
+            for var in given if isinstance(given, list | tuple) else [given]:
+                if var is not None and var.op is not None and var.op.name not in found:
+                    open_ends.append(var.op)
+    return found
+
+
+def _describe(model: Any, signature: Signature) -> None:
+    """Say what it is, and nothing of when and where it was made."""
+    model.short_description = "One step of a distilled diffusion model, written by edgedistill."
+    model.version = edgedistill.__version__
+    for spec in signature.inputs:
+        model.input_description[spec.name] = _MEANINGS.get(spec.kind, "")
+    for spec in signature.outputs:
+        model.output_description[spec.name] = _MEANINGS.get(spec.kind, "")
+    model.user_defined_metadata.pop("com.github.apple.coremltools.conversion_date", None)
+
+
+@contextlib.contextmanager
+def _without_known_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Sizes are fixed here, so what is traced as a constant is one.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        # coremltools converts TorchScript; its torch.export frontend gives the same graph more slowly.
+        warnings.filterwarnings("ignore", "`torch.jit", category=DeprecationWarning)
+        # apple/coremltools#2633; numpy 2.4 makes it an error, hence the ceiling of the coreml extra.
+        warnings.filterwarnings("ignore", "Conversion of an array", category=DeprecationWarning)
+        yield
