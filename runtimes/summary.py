@@ -42,7 +42,7 @@ def cells(item: ArtifactParity) -> list[str]:
         f"{image.max_abs:.2g}" if image else "-",
         f"{max(0.0, 1 - image.cosine):.1g}" if image else "-",
         _gain(item),
-        "-" if item.call_ms is None else f"{item.call_ms:.3g}",
+        "-" if item.call_ms is None else f"{item.call_ms:.1f}",
     ]
 
 
