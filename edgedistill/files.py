@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         msg = f"{path}: no such file."
         raise BundleError(msg) from error
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (ValueError, RecursionError, IsADirectoryError) as error:
         msg = f"{path}: not a JSON file ({error})."
         raise BundleError(msg) from error
 

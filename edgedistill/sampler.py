@@ -136,7 +136,14 @@ def _call(
     if table.raw_output not in outputs:
         msg = f"The table takes `{table.raw_output}` of {' and '.join(row.call)}, which returned: {', '.join(outputs)}."
         raise ContractError(msg)
-    return outputs[table.raw_output]
+    return _as(outputs[table.raw_output], given[table.state_input])
+
+
+def _as(raw: Array, z: Array) -> Array:
+    """Give `raw` the dtype of the state, so that the coefficients never meet half precision."""
+    if raw.dtype == z.dtype:
+        return raw
+    return raw.astype(z.dtype) if hasattr(raw, "astype") else raw.to(z.dtype)
 
 
 def _resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:

@@ -1,0 +1,250 @@
+"""The interpreter: each field does what it says, on numpy and torch alike, to the bit."""
+
+import dataclasses
+import hashlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgedistill.compiler import compile_scheduler
+from edgedistill.errors import ContractError
+from edgedistill.noise import noise_bank
+from edgedistill.sampler import RowTrace, first_state, run_row, run_table
+from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
+
+SHAPE = (1, 4, 4)
+LABELS = (Condition("class_labels", "class", 10),)
+ROW = Row(("unet",), {"timestep": 500.0}, x0=(1.0, -0.5), next=Next(z=0.25, x0=0.75))
+GUIDED = compile_scheduler(
+    {"_class_name": "LCMScheduler"},
+    4,
+    shape=SHAPE,
+    clamp=(-1.0, 1.0),
+    guidance=Guidance("cfg", None, 3.0, (1.0, 5.0), {"class_labels": 10}),
+    conditions=LABELS,
+)
+
+
+def net(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Stand for a network, with plain arithmetic that numpy and torch round alike."""
+    z, t = feeds["sample"], feeds["timestep"]
+    label = feeds.get("class_labels")
+    shift = 0.0 if label is None else label.reshape(-1, 1, 1, 1) / 16.0
+    return {"out_sample": z * (t / 1024.0) - z * z * 0.03125 + shift}
+
+
+def one(row: Row, **fields: Any) -> SamplerTable:
+    return SamplerTable((Stage(SHAPE, (row,)),), 1 + (row.noise is not None), **fields)
+
+
+def noise(count: int, batch: int = 2) -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    return [generator.standard_normal((batch, *SHAPE), dtype=np.float32) for _ in range(count)]
+
+
+def test_a_row_is_the_formula() -> None:
+    row = dataclasses.replace(
+        ROW, next=Next(z=0.1, x0=0.2, raw=0.3, noise=0.4), noise=1, in_scale=0.5
+    )
+    z, fresh = noise(2)
+    raw = net({"sample": z * 0.5, "timestep": 500.0})["out_sample"]
+    expected = 0.1 * z + 0.2 * (z - 0.5 * raw) + 0.3 * raw + 0.4 * fresh
+    got = run_table(one(row), {"unet": net}, [z, fresh], {})
+    assert np.allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert got.dtype == np.float32
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_the_state_stays_float32_whatever_a_network_returns(library: str, dtype: str) -> None:
+    module = pytest.importorskip(library)
+    z = module.asarray(noise(1)[0])
+    raw = module.asarray(noise(1)[0] / 3, dtype=getattr(module, dtype))
+    got = run_table(one(ROW), {"unet": lambda _: {"out_sample": raw}}, [z], {})
+    seen = np.asarray(raw).astype(np.float32)
+    expected = run_table(one(ROW), {"unet": lambda _: {"out_sample": seen}}, [np.asarray(z)], {})
+    assert got.dtype == module.float32
+    assert np.array_equal(np.asarray(got), expected)
+
+
+def test_previous_estimates_are_taken_newest_first() -> None:
+    rows = (
+        ROW,
+        ROW,
+        dataclasses.replace(ROW, next=Next(x0=1.0, previous=(10.0, 100.0))),
+    )
+    traces: list[RowTrace] = []
+    (z,) = noise(1)
+    table = SamplerTable((Stage(SHAPE, rows),), 1)
+    got = run_table(table, {"unet": net}, [z], {}, traces.append)
+    first, second, third = (trace.x0 for trace in traces)
+    assert np.allclose(got, third + 10 * second + 100 * first, rtol=1e-5)
+    assert [trace.index for trace in traces] == [0, 1, 2]
+    assert np.array_equal(traces[1].state, traces[0].next)
+
+
+def test_a_row_without_a_call_is_affine() -> None:
+    traces: list[RowTrace] = []
+    (z,) = noise(1)
+    got = run_table(one(Row((), next=Next(z=0.5))), {}, [z], {}, traces.append)
+    assert np.array_equal(got, z * 0.5)
+    assert traces[0].raw is None
+    assert traces[0].x0 is None
+
+
+def test_x0_is_clipped_and_the_output_clamped() -> None:
+    row = dataclasses.replace(ROW, clip=(-0.25, 0.5), next=Next(x0=1.0))
+    traces: list[RowTrace] = []
+    (z,) = noise(1)
+    got = run_table(one(row, clamp=(-0.125, 0.25)), {"unet": net}, [z * 4], {}, traces.append)
+    x0 = traces[0].x0
+    assert (x0.min(), x0.max()) == (-0.25, 0.5)
+    assert np.array_equal(traces[0].next, x0)
+    assert (got.min(), got.max()) == (-0.125, 0.25)
+
+
+@pytest.mark.parametrize(("scale", "label"), [(0.0, 10), (1.0, 3)])
+def test_guidance_of_0_is_unconditional_and_of_1_conditional(scale: float, label: int) -> None:
+    guidance = Guidance("cfg", None, scale, (0.0, 4.0), {"class_labels": 10})
+    row = dataclasses.replace(ROW, guidance_scale=scale)
+    table = one(row, guidance=guidance, conditions=LABELS)
+    (z,) = noise(1)
+    given, wanted = ({"class_labels": np.array([value, value])} for value in (3, label))
+    got = run_table(table, {"unet": net}, [z], given)
+    assert np.allclose(got, run_table(one(ROW), {"unet": net}, [z], wanted), rtol=1e-6, atol=1e-7)
+
+
+def test_guidance_goes_on_beyond_the_conditional_answer() -> None:
+    guidance = Guidance("cfg", None, 3.0, (1.0, 4.0), {"class_labels": 10})
+    row = dataclasses.replace(ROW, guidance_scale=3.0)
+    traces: list[RowTrace] = []
+    (z,) = noise(1)
+    labels = {"class_labels": np.array([2, 4])}
+    table = one(row, guidance=guidance, conditions=LABELS)
+    run_table(table, {"unet": net}, [z], labels, traces.append)
+    plain = net({"sample": z, "timestep": 500.0})["out_sample"]
+    null, labelled = 10 / 16, np.array([2, 4]).reshape(-1, 1, 1, 1) / 16
+    assert np.allclose(traces[0].raw, plain + null + 3 * (labelled - null), atol=1e-6)
+
+
+def test_networks_of_a_row_feed_one_another() -> None:
+    def guide(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return {"residual": feeds["sample"] * 2}
+
+    def base(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        return {"out_sample": feeds["residual"] + feeds["timestep"]}
+
+    row = dataclasses.replace(ROW, call=("guide", "base"), x0=(0.0, 1.0), next=Next(x0=1.0))
+    (z,) = noise(1)
+    got = run_table(one(row), {"guide": guide, "base": base}, [z], {})
+    assert np.array_equal(got, z * 2 + np.float32(500))
+
+
+def test_numpy_and_torch_give_the_same_bits() -> None:
+    torch = pytest.importorskip("torch")
+    bank = noise_bank(GUIDED, [0, 1])
+    labels = np.array([3, 7], np.float32)
+    expected = run_table(GUIDED, {"unet": net}, bank, {"class_labels": labels})
+    tensors = [torch.from_numpy(item) for item in bank]
+    given = {"class_labels": torch.from_numpy(labels)}
+    got = run_table(GUIDED, {"unet": net}, tensors, given)
+    assert got.dtype == torch.float32
+    assert np.array_equal(got.numpy(), expected)
+
+
+def test_the_batch_does_not_change_a_seeded_sample() -> None:
+    seeds = [5, 0, 9]
+    labels = np.array([1, 2, 3])
+    together = run_table(GUIDED, {"unet": net}, noise_bank(GUIDED, seeds), {"class_labels": labels})
+    for i, seed in enumerate(seeds):
+        given = {"class_labels": labels[i : i + 1]}
+        alone = run_table(GUIDED, {"unet": net}, noise_bank(GUIDED, [seed]), given)
+        assert np.array_equal(together[i], alone[0])
+
+
+REPLAY = """
+import hashlib, sys
+from edgedistill.noise import noise_bank
+from edgedistill.sampler import run_table
+from edgedistill.table import SamplerTable
+from pathlib import Path
+table = SamplerTable.load(Path(sys.argv[1]))
+net = lambda f: {"out_sample": f["sample"] * (f["timestep"] / 1024.0) - f["sample"] * f["sample"] * 0.03125}
+z = run_table(table, {"unet": net}, noise_bank(table, [7, 8]), {})
+print(hashlib.sha256(z.tobytes()).hexdigest(), "torch" in sys.modules)
+"""
+
+
+def test_a_run_replays_bit_for_bit_in_other_processes_without_torch(tmp_path: Path) -> None:
+    table = compile_scheduler({"_class_name": "TCDScheduler"}, 4, shape=SHAPE, eta=0.3)
+    path = tmp_path / "sampler.json"
+    table.save(path)
+    here = run_table(table, {"unet": net}, noise_bank(table, [7, 8]), {})
+    expected = f"{hashlib.sha256(here.tobytes()).hexdigest()} False\n"
+    for _ in range(2):
+        command = [sys.executable, "-c", REPLAY, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout == expected
+
+
+def carried(carry: str, before: tuple[int, int, int], after: tuple[int, int, int]) -> Stage:
+    rows = (Row((), next=Next(z=1.0)),)
+    first = Stage(before, rows)
+    second = Stage(after, rows, init_noise=(0.0, 1), carry=carry)
+    return SamplerTable((first, second), 2).stages[1]
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_down_after_up_is_exactly_the_identity(factor: int, library: str) -> None:
+    convert = pytest.importorskip(library).asarray
+    small, large = (3, 2, 4), (3, 2 * factor, 4 * factor)
+    x = np.random.default_rng(1).standard_normal((2, *small), dtype=np.float32)
+    nothing = {size: [None, convert(np.zeros((2, *size), np.float32))] for size in (small, large)}
+    up = first_state(carried("up_nearest", small, large), nothing[large], convert(x))
+    assert tuple(up.shape) == (2, *large)
+    down = first_state(carried("area_down", large, small), nothing[small], up)
+    assert np.array_equal(np.asarray(down), x)
+    assert np.array_equal(np.asarray(up)[:, :, ::factor, ::factor], x)
+
+
+def test_area_down_is_the_mean_of_each_area() -> None:
+    x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    stage = carried("area_down", (1, 4, 4), (1, 2, 2))
+    down = first_state(stage, [x, np.zeros((1, 1, 2, 2), np.float32)], x)
+    assert np.array_equal(down, [[[[2.5, 4.5], [10.5, 12.5]]]])
+
+
+def test_a_later_stage_starts_from_scaled_noise_plus_what_it_carries() -> None:
+    rows = (Row((), next=Next(z=1.0)),)
+    second = Stage(SHAPE, rows, init_noise=(0.5, 1), carry="identity", carry_scale=0.25)
+    table = SamplerTable((Stage(SHAPE, rows, init_noise=(2.0, 0)), second), 2)
+    first, fresh = noise(2)
+    got = run_table(table, {}, [first, fresh], {})
+    assert np.array_equal(got, fresh * 0.5 + first * 2.0 * 0.25)
+
+
+def test_a_single_row_can_be_run_from_any_state() -> None:
+    traces: list[RowTrace] = []
+    bank = noise_bank(GUIDED, [0])
+    given = {"class_labels": np.array([4])}
+    run_table(GUIDED, {"unet": net}, bank, given, traces.append)
+    for trace in traces:
+        again = run_row(GUIDED, trace.row, {"unet": net}, trace.state, bank, given)
+        assert np.array_equal(again.next, trace.next)
+
+
+def test_refusals() -> None:
+    table = one(ROW)
+    (z,) = noise(1)
+    with pytest.raises(ContractError, match="calls networks that are not there: unet"):
+        run_table(table, {}, [z], {})
+    with pytest.raises(ContractError, match="needs a noise bank of 1 arrays, got 2"):
+        run_table(table, {"unet": net}, [z, z], {})
+    with pytest.raises(ContractError, match="takes `out_sample` of unet, which returned: raw"):
+        run_table(table, {"unet": lambda feeds: {"raw": feeds["sample"]}}, [z], {})
