@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from edgedistill.contract import Signature
-from edgedistill.errors import BundleError, ConfigError, require
+from edgedistill.errors import BundleError, ConfigError
 from edgedistill.network import Session, check_graph
+from edgedistill.telemetry import require_silent
 
 from .options import accept
 
@@ -34,7 +35,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         ConfigError: If an option is unknown or the provider is not there.
         MissingDependencyError: If onnxruntime is not installed.
     """
-    ort = require("onnxruntime", "onnx")
+    ort = require_silent("onnxruntime", "onnx")
     chosen = accept("onnxruntime", options, device="cpu", provider=None, threads=0)
     provider = _provider(ort, chosen)
     settings = ort.SessionOptions()
@@ -57,7 +58,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
 
 def describe() -> str:
     """Say what runs the network."""
-    return f"ONNX Runtime {require('onnxruntime', 'onnx').__version__}"
+    return f"ONNX Runtime {require_silent('onnxruntime', 'onnx').__version__}"
 
 
 def _provider(ort: Any, chosen: Mapping[str, Any]) -> str:
