@@ -94,7 +94,7 @@ class GuidedUNet2DModel(nn.Module):
         if self.mid_block is not None:
             hidden = self.mid_block(hidden, embedding)
         for block in self.up_blocks:
-            count = len(block.resnets)
+            count = len(list(block.resnets))  # type: ignore[arg-type]
             hidden = block(hidden, skips[-count:], embedding)
             skips = skips[:-count]
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
