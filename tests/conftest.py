@@ -1,5 +1,7 @@
 """A tiny student with random weights, and its bundle, made once per session."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,14 @@ import pytest
 from edgedistill.bundle import Bundle
 from edgedistill.table import Condition, Guidance, SamplerTable
 
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(dict.fromkeys(["torch", "diffusers", "transformers", "onnx", "export", "quantize"]))
+from edgedistill.cli import main
+status = main(sys.argv[1:])
+assert not any(name.startswith("openvino_telemetry.") for name in sys.modules), "it reports"
+sys.exit(status)
+"""
 CLASSES = 10
 SHAPE = (1, 8, 8)
 SCHEDULER = {
@@ -80,6 +90,12 @@ def student(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def other_student(tmp_path_factory):
+    """A student with other weights; read it, never write to it."""
+    return make_student(tmp_path_factory.mktemp("student") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
 def bundle(student, tmp_path_factory) -> Bundle:
     """The student's bundle with ONNX and OpenVINO; read it, never write to it."""
     from export.assemble import export_student
@@ -91,3 +107,29 @@ def bundle(student, tmp_path_factory) -> Bundle:
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def sample_without_torch(tmp_path):
+    """Run `edgedistill sample` in a process where whatever a device lacks cannot be imported."""
+
+    def sample(bundle: Bundle, runtime: str) -> np.ndarray:
+        arguments = ["sample", bundle.root, "--runtime", runtime, "-n", "4", "--seed", "7"]
+        arguments += [
+            "--guidance-scale",
+            "2",
+            "-o",
+            tmp_path / "x.png",
+            "--npy",
+            tmp_path / "x.npy",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return np.load(tmp_path / "x.npy")
+
+    return sample
