@@ -1,5 +1,6 @@
 """A tiny student with random weights, and its bundle, made once per session."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from edgedistill.bundle import Bundle
 from edgedistill.table import Condition, Guidance, SamplerTable
 
+# Threads of one small convolution wait for one another: on a busy machine that takes 300 times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 WITHOUT_TORCH = """
 import sys
 sys.modules.update(dict.fromkeys(["torch", "diffusers", "transformers", "onnx", "export", "quantize"]))
