@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,9 @@ def quiet_coremltools() -> Iterator[ModuleType]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # The converter leaves the removal of its folder of weights to the garbage collector.
+            warnings.filterwarnings("ignore", "Implicitly cleaning up", category=ResourceWarning)
             yield require("coremltools", "coreml")
     finally:
         log.setLevel(level)

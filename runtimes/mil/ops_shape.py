@@ -37,7 +37,8 @@ def _squeeze(x: Tensor, axes: list[int] | None = None) -> Tensor:
 @op("concat", moves=True)
 def _concat(values: list[Tensor], axis: int, interleave: bool = False) -> Tensor:  # noqa: FBT001, FBT002 a MIL input
     if interleave:
-        return torch.stack(values, axis % values[0].dim() + 1).flatten(axis, axis + 1)
+        axis %= values[0].dim()
+        return torch.stack(values, axis + 1).flatten(axis, axis + 1)
     return torch.cat(values, axis)
 
 
