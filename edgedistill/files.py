@@ -15,10 +15,13 @@ from typing import Any
 from edgedistill.errors import BundleError
 
 _OLD = "-old"
-_CANNOT_WRITE = {
+_FULL = {
     errno.ENOSPC: "free some space there or choose another place",
     errno.EDQUOT: "free some space there or choose another place",
+    errno.EFBIG: "choose a place that takes larger files",
     errno.EROFS: "choose a folder that can be written",
+}
+_REFUSED = {
     errno.EACCES: "choose a folder that you may write",
     errno.EPERM: "choose a folder that you may write",
     errno.EISDIR: "a folder is in the way; choose another name",
@@ -121,12 +124,12 @@ def _clear_refusal(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = str(error.filename or target)
-        concerns = target.is_relative_to(place) or place.startswith(hidden)
-        if error.errno not in _CANNOT_WRITE or not concerns:
+        place, number = str(error.filename or target), error.errno or 0
+        is_ours = target.is_relative_to(place) or place.startswith(hidden)
+        way_out = _FULL.get(number) or (_REFUSED.get(number) if is_ours else None)
+        if way_out is None:
             raise
-        reason = os.strerror(error.errno)
-        msg = f"{target}: cannot be written ({reason}); {_CANNOT_WRITE[error.errno]}. What was there is untouched."
+        msg = f"{target}: cannot be written ({os.strerror(number)}); {way_out}. What was there is untouched."
         raise BundleError(msg) from error
 
 

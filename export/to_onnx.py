@@ -78,7 +78,7 @@ def write_onnx(
 def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool = False) -> None:
     """Trace to an ONNX file with declared names and shapes and nothing that tells where it was made."""
     onnx = require("onnx", "onnx")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / path.name
         with _without_known_warnings():
             (_export_dynamo if dynamo else _export_traced)(frozen, raw, opset)

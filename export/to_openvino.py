@@ -54,7 +54,7 @@ def write_openvino(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".openvino-", dir=path.parent) as folder:
         made = Path(folder) / path.name
-        model = _convert(ov, frozen)
+        model = _convert(ov, frozen, Path(folder))
         if precision == "float16":
             _halve_weights(ov, model)
         ov.save_model(model, made, compress_to_fp16=False)
@@ -70,8 +70,8 @@ def write_openvino(
     }
 
 
-def _convert(ov: Any, frozen: Frozen) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
+def _convert(ov: Any, frozen: Frozen, place: Path) -> Any:
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         onnx_file = Path(folder) / "network.onnx"
         trace_onnx(frozen, onnx_file)
         model = ov.convert_model(onnx_file)

@@ -79,7 +79,7 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert names(tmp_path / "real") == ["x"]
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG])
 def test_a_full_or_read_only_disk_leaves_the_old_folder(tmp_path, number):
     target = tmp_path / "out"
     with files.written_aside(target) as aside:
@@ -88,7 +88,7 @@ def test_a_full_or_read_only_disk_leaves_the_old_folder(tmp_path, number):
     def fail():
         with files.written_aside(target) as aside:
             (aside / "new").touch()
-            raise OSError(number, os.strerror(number))
+            raise OSError(number, os.strerror(number), "the file that was copied")
 
     with pytest.raises(BundleError, match=r"out: cannot be written \(.*\); .* is untouched"):
         fail()
