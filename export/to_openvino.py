@@ -14,7 +14,7 @@ from torch import nn
 
 from edgedistill import plugins
 from edgedistill.contract import Signature
-from edgedistill.errors import ConfigError
+from edgedistill.errors import BundleError, ConfigError
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
@@ -41,6 +41,7 @@ def write_openvino(
         What made it: versions, and ``snr_db`` against PyTorch.
 
     Raises:
+        BundleError: If the disk is full.
         CheckFailedError: If it leaves the floor of its precision.
         ConfigError: If the precision is not one of `PRECISIONS`.
         MissingDependencyError: If openvino or onnx is not installed.
@@ -57,7 +58,11 @@ def write_openvino(
         model = _convert(ov, frozen, Path(folder))
         if precision == "float16":
             _halve_weights(ov, model)
-        ov.save_model(model, made, compress_to_fp16=False)
+        try:
+            ov.save_model(model, made, compress_to_fp16=False)
+        except RuntimeError as error:  # all that OpenVINO tells of a full disk
+            msg = f"{path}: OpenVINO could not write it ({error}); make room there or choose another place."
+            raise BundleError(msg) from error
         session = runtime.open(made, signature, {})
         snr_db = check_against(frozen, session, floor_of(precision).raw, str(path))
         for part in sorted(Path(folder).iterdir()):

@@ -116,6 +116,21 @@ def test_options_that_cannot_be_are_refused(bundle, student, options, message):
         ov.open(model_path(bundle, "openvino-float32"), student.signatures["unet"], options)
 
 
+def test_a_full_disk_is_one_clear_error(student, tmp_path, monkeypatch):
+    import openvino
+
+    def full(_model, path, **_options):
+        path.with_suffix(".bin").write_bytes(b"half")
+        msg = "basic_ios::clear: iostream error"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(openvino, "save_model", full)
+    network, signature = store.load(student.root / "unet"), student.signatures["unet"]
+    with pytest.raises(BundleError, match=r"unet\.xml: OpenVINO could not write it \(.*make room"):
+        write_openvino(network, signature.with_batch(1), tmp_path / "unet.xml")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_precisions_that_are_not_written_are_refused(student, tmp_path):
     with pytest.raises(ConfigError, match="written in float32 or float16, got 'int8'"):
         write_openvino(None, student.signatures["unet"], tmp_path / "x.xml", precision="int8")
