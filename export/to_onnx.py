@@ -60,10 +60,10 @@ def write_onnx(
         try:
             onnx.checker.check_model(made, full_check=True)
         except onnx.checker.ValidationError as error:
-            msg = f"{path}: not valid ONNX ({str(error).strip()}); it was not written."
+            msg = f"{path.name}: not valid ONNX ({str(error).strip()}); it was not written."
             raise CheckFailedError(msg) from error
         session = runtime.open(made, signature, {})
-        snr_db = check_against(frozen, session, floor_of("float32").raw, str(path))
+        snr_db = check_against(frozen, session, floor_of("float32").raw, path.name)
         for part in sorted(Path(folder).iterdir()):
             part.replace(path.parent / part.name)
     return {

@@ -61,10 +61,10 @@ def write_openvino(
         try:
             ov.save_model(model, made, compress_to_fp16=False)
         except RuntimeError as error:  # all that OpenVINO tells of a full disk
-            msg = f"{path}: OpenVINO could not write it ({error}); make room there or choose another place."
+            msg = f"{path.name}: OpenVINO could not write it ({error}); make room there or choose another place."
             raise BundleError(msg) from error
         session = runtime.open(made, signature, {})
-        snr_db = check_against(frozen, session, floor_of(precision).raw, str(path))
+        snr_db = check_against(frozen, session, floor_of(precision).raw, path.name)
         for part in sorted(Path(folder).iterdir()):
             part.replace(path.parent / part.name)
     return {
