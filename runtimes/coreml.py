@@ -27,7 +27,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         signature: Its inputs and outputs.
         options: ``device``: ``"all"``, ``"ane"`` (the Neural Engine), ``"gpu"`` or ``"cpu"`` of a Mac, or
             ``"reference"``, the evaluator, which is all there is elsewhere; and ``threads`` of the
-            evaluator (0: torch's choice).
+            evaluator (1, the fastest for small networks; 0: torch's choice).
 
     Raises:
         BundleError: If the package is damaged, or its names are not the signature's.
@@ -36,7 +36,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         MissingDependencyError: If coremltools or torch is not installed.
     """
     devices = [*COMPUTE_UNITS, REFERENCE] if _on_macos() else [REFERENCE]
-    chosen = accept("coreml", options, device=devices[0], threads=0)
+    chosen = accept("coreml", options, device=devices[0], threads=1)
     device = str(chosen["device"]).lower()
     if device not in devices:
         why = "" if _on_macos() else ", for Core ML itself is on macOS only"
@@ -62,12 +62,19 @@ def _open_reference(path: Path, signature: Signature, threads: int) -> Session:
     torch = require("torch", "coreml")
     from .mil import MilProgram
 
-    if threads:
-        torch.set_num_threads(threads)
     program = MilProgram.load(path)
     inputs = (port.name for port in program.inputs)
     check_graph(path, signature, inputs, (port.name for port in program.outputs))
-    return program.run
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            return program.run(feeds)
+        finally:
+            torch.set_num_threads(before)  # others in this process use torch too
+
+    return run
 
 
 def _open_core_ml(path: Path, signature: Signature, units: str) -> Session:

@@ -270,9 +270,11 @@ def test_what_core_ml_cannot_take_is_refused(guided, tmp_path, change, options, 
 
 
 def test_the_runtime_opens_a_package_and_says_what_it_is(guided, package):
-    session = coreml.open(package, guided[1], {"device": "reference", "threads": 1})
+    threads = torch.get_num_threads()
+    session = coreml.open(package, guided[1], {"device": "reference", "threads": threads + 1})
     feeds = feeds_of(guided[1], 250)
     made = session(feeds)
+    assert torch.get_num_threads() == threads
     assert list(made) == ["out_sample"]
     np.testing.assert_array_equal(
         made["out_sample"], MilProgram.load(package).run(feeds)["out_sample"]
