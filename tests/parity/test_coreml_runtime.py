@@ -269,16 +269,14 @@ def test_what_core_ml_cannot_take_is_refused(guided, tmp_path, change, options, 
     assert not list(tmp_path.iterdir())
 
 
-def test_the_runtime_opens_a_package_and_says_what_it_is(guided, package):
+def test_the_runtime_opens_a_package_and_leaves_torch_its_threads(guided, package):
     threads = torch.get_num_threads()
     session = coreml.open(package, guided[1], {"device": "reference", "threads": threads + 1})
     feeds = feeds_of(guided[1], 250)
     made = session(feeds)
     assert torch.get_num_threads() == threads
     assert list(made) == ["out_sample"]
-    np.testing.assert_array_equal(
-        made["out_sample"], MilProgram.load(package).run(feeds)["out_sample"]
-    )
+    assert snr_db(MilProgram.load(package).run(feeds)["out_sample"], made["out_sample"]) > 110
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML itself is there")
