@@ -18,7 +18,6 @@ from edgedistill.errors import CheckFailedError, EdgeDistillError
 if TYPE_CHECKING:
     from edgedistill.evaluation.baselines import Baselines
     from edgedistill.evaluation.students import StudentQuality
-    from edgedistill.page import Html
     from edgedistill.parity import ParityReport
 
 DESCRIPTION = """\
@@ -29,7 +28,6 @@ can be repeated by hand with another model."""
 EPILOG = """\
 DIR/report.html shows everything; DIR/report.json is the same for machines; DIR/bundle holds the 4-step
 student in every format, DIR/compressed its 8-bit and 6-bit versions. Exit status 1 if a bar is missed."""
-SHOWN = 20
 
 
 def register(commands: Any) -> None:
@@ -60,7 +58,7 @@ class _Journal:
         words = [str(item) for item in arguments]
         self.say(f"$ edgedistill {' '.join(words)}")
         answer = io.StringIO()
-        with self.timed(" ".join(words[:2])), contextlib.redirect_stdout(answer):
+        with self.timed(f"{words[0]} {Path(words[1]).stem}"), contextlib.redirect_stdout(answer):
             status = cli.main([*words, "--json"])
         if status:
             msg = f"`edgedistill {' '.join(words)}` ended with status {status}; see the line above."
@@ -82,6 +80,10 @@ class _Journal:
 
 def run(options: argparse.Namespace) -> int:
     """Carry out the command."""
+    import torch
+
+    # One thread: so small a network gains little from a second one and loses much where cores are shared.
+    torch.set_num_threads(1)
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
     journal = _Journal(quiet=options.json)
@@ -119,7 +121,10 @@ def _make(folder: Path, journal: _Journal) -> None:
 def _recipe(name: str) -> Path:
     """Find a packaged recipe: beside the package when installed, in examples/ in a checkout."""
     here = Path(__file__).parent
-    places = [here / "assets" / "recipes" / f"{name}.yaml", here.parent / "examples" / f"{name}.yaml"]
+    places = [
+        here / "assets" / "recipes" / f"{name}.yaml",
+        here.parent / "examples" / f"{name}.yaml",
+    ]
     return next(path for path in places if path.is_file())
 
 
@@ -133,7 +138,12 @@ def _quality(folder: Path, journal: _Journal) -> tuple["Baselines", "list[Studen
     journal.say("measuring 1000 samples of the teacher and of each student")
     evaluator = Evaluator.open("digits")
     baselines = naive_baselines(Teacher.open("digits"), evaluator, cache=folder / "baselines")
-    folders = [folder / "student" / "4-step", folder / "student" / "2-step", folder / "student", folder / "small"]
+    folders = [
+        folder / "student" / "4-step",
+        folder / "student" / "2-step",
+        folder / "student",
+        folder / "small",
+    ]
     return baselines, [measure(Student.open(path), evaluator, baselines) for path in folders]
 
 
@@ -177,23 +187,54 @@ def _record(
             "report": baselines.teacher.to_json(),
         },
         "naive": [
-            {"steps": item.steps, "guidance_scale": 1 + item.w, "spacing": item.spacing, "report": item.report.to_json()}
+            {
+                "steps": item.steps,
+                "guidance_scale": 1 + item.w,
+                "spacing": item.spacing,
+                "report": item.report.to_json(),
+            }
             for item in baselines.naive.values()
         ],
         "students": [item.to_json() for item in students],
-        "sizes": [row for name in ("bundle", "compressed", "small-bundle") for row in _sizes(folder / name)],
+        "sizes": [
+            row
+            for name in ("bundle", "compressed", "small-bundle")
+            for row in _sizes(folder / name)
+        ],
         "parity": parity.to_json(),
     }
 
 
-def _sizes(root: Path) -> list[dict[str, Any]]:
+def _sizes(folder: Path) -> list[dict[str, Any]]:
+    """Return the bytes of every artifact, and how much smaller it is than the PyTorch weights."""
     from edgedistill.bundle import Bundle
 
-    bundle = Bundle.open(root)
-    return [
-        {"model": bundle.name, "artifact": item.name, "bytes": bundle.size(item)}
-        for item in bundle.artifacts.values()
-    ]
+    lines: dict[tuple[str, str], dict[str, Any]] = {}
+    for root in ("bundle", "compressed", "small-bundle"):
+        bundle = Bundle.open(folder / root)
+        reference = bundle.size(bundle.artifacts["torch-float32"])
+        for item in bundle.artifacts.values():
+            size = bundle.size(item)
+            lines[bundle.name, item.name] = {
+                "model": bundle.name,
+                "artifact": item.name,
+                "bytes": size,
+                "smaller_by": reference / size,
+            }
+    return list(lines.values())
+
+
+def _page(
+    record: dict[str, Any],
+    baselines: "Baselines",
+    students: "list[StudentQuality]",
+    parity: "ParityReport",
+) -> str:
+    from edgedistill.demo_page import render
+    from edgedistill.teacher import Teacher
+
+    sections = plugins.find(plugins.REPORTS, "parity_sections")(parity)
+    return render(record, Teacher.open("digits"), baselines, students, sections)
 
 
 def _write(folder: Path, record: dict[str, Any], page: str) -> None:
@@ -204,6 +245,7 @@ def _write(folder: Path, record: dict[str, Any], page: str) -> None:
 
 
 def _summary(record: dict[str, Any], folder: Path) -> str:
+    from edgedistill.demo_page import HEADERS, quality_rows
     from edgedistill.terminal import aligned
 
     artifacts = record["parity"]["artifacts"]
@@ -211,116 +253,10 @@ def _summary(record: dict[str, Any], folder: Path) -> str:
     return "\n".join(
         [
             "",
-            aligned(QUALITY_HEADERS, _quality_rows(record)),
+            aligned(HEADERS, quality_rows(record)),
             "",
             f"{verdict}: {len(record['students'])} students, {len(artifacts)} artifacts, "
             f"{record['seconds']['everything']:.0f} s",
             f"open {folder / 'report.html'}",
         ]
     )
-
-
-QUALITY_HEADERS = (
-    "model", "evaluations", "parameters", "Frechet", "/naive", "/teacher", "error/naive", "recall", "diversity", "memorised", "accuracy",
-)  # fmt: skip
-
-
-def _quality_rows(record: dict[str, Any]) -> list[list[str]]:
-    teacher = record["teacher"]
-    lines = [["guided teacher", str(teacher["nfe"]), "", *_numbers(teacher["report"], None, 1.0, None)]]
-    for item in record["naive"]:
-        name = f"naive teacher, {item['steps']} steps, g={item['guidance_scale']:g}, {item['spacing']}"
-        nfe = item["steps"] * (1 if item["guidance_scale"] == 1 else 2)
-        ratio = item["report"]["frechet"] / teacher["report"]["frechet"]
-        lines.append([name, str(nfe), "", *_numbers(item["report"], 1.0, ratio, 1.0)])
-    for item in record["students"]:
-        ratios = item["to_naive"], item["to_teacher"], item["mse_to_naive"]
-        lines.append(
-            [item["name"], str(item["nfe"]), f"{item['parameters']:,}", *_numbers(item["report"], *ratios)]
-        )
-    return lines
-
-
-def _numbers(
-    report: dict[str, Any], to_naive: float | None, to_teacher: float, mse: float | None
-) -> list[str]:
-    values = [
-        report["frechet"], to_naive, to_teacher, mse,
-        report["recall"], report["diversity"], report["memorisation"], report["accuracy"],
-    ]  # fmt: skip
-    return ["" if value is None else f"{value:.3f}" for value in values]
-
-
-def _page(
-    record: dict[str, Any],
-    baselines: "Baselines",
-    students: "list[StudentQuality]",
-    parity: "ParityReport",
-) -> str:
-    from edgedistill import page
-
-    mark = page.badge("all green", "good") if record["ok"] else page.badge("failed", "bad")
-    seconds = page.muted(f"{record['seconds']['everything']:.0f} s on {record['machine']['cpus']} CPUs, {record['machine']['platform']}")
-    return page.document(
-        "edgedistill: the whole way, once",
-        page.paragraph(
-            page.joined(
-                mark,
-                "A 50-step guided teacher of handwritten digits became students of 4, 2 and 1 evaluations; the "
-                "4-step one was exported, compressed, and compared with PyTorch on every runtime.",
-                seconds,
-            )
-        ),
-        page.bullets(record["problems"]),
-        _pictures(baselines, students),
-        page.section(
-            "How good the students are",
-            page.table(QUALITY_HEADERS, _quality_rows(record)),
-            page.paragraph(page.muted(_legend(baselines))),
-        ),
-        _size_table(record),
-        *plugins.find(plugins.REPORTS, "parity_sections")(parity),
-    )
-
-
-def _pictures(baselines: "Baselines", students: "list[StudentQuality]") -> "Html":
-    from edgedistill import page
-    from edgedistill.images import grid
-
-    sets = [("guided teacher, 100 evaluations", baselines.reference)]
-    sets += [(f"{s.name}, {s.nfe} evaluation{'s' if s.nfe > 1 else ''}", s.samples) for s in students]
-    return page.section(
-        "The same noise, fewer evaluations",
-        page.gallery(
-            *[
-                page.picture(grid(samples[:SHOWN], columns=5, scale=4), f"samples of {name}", name, 230)
-                for name, samples in sets
-            ]
-        ),
-    )
-
-
-def _legend(baselines: "Baselines") -> str:
-    return (
-        f"{baselines.settings.count} samples each from the same noise, at guidance scale "
-        f"{1 + baselines.settings.reference_w:g}. Frechet: distance to held-out digits on raw pixels; as many real "
-        f"training digits score {baselines.teacher.floor:.3f}. Naive: the strongest of the teacher's guidance scales "
-        "and timestep spacings at as many steps (a guided step costs two evaluations). error: squared distance to "
-        "the 50-step teacher from the same noise. Accuracy and memorisation are guards, not aims."
-    )
-
-
-def _size_table(record: dict[str, Any]) -> "Html":
-    from edgedistill import page
-
-    largest: dict[str, int] = {}
-    for row in record["sizes"]:
-        largest[row["model"]] = max(largest.get(row["model"], 0), row["bytes"])
-    lines = [
-        [row["model"], row["artifact"], f"{row['bytes'] / 1e6:.3f}", f"{largest[row['model']] / row['bytes']:.1f}x"]
-        for row in record["sizes"]
-    ]
-    return page.section(
-        "Sizes", page.table(("model", "artifact", "MB", "smaller by"), lines, left=(0, 1))
-    )
-

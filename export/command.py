@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> int:
     student = Student.open(options.model)
     from .assemble import export_student
 
-    with tqdm(unit="artifact", leave=False) as bar:
+    with tqdm(unit="artifact", leave=False, disable=None) as bar:
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done

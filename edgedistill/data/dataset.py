@@ -152,7 +152,9 @@ def _read_image(path: Path) -> np.ndarray:
             if image.mode in _WIDE_MODES:
                 msg = f"{path}: holds more than 8 bits per channel (mode {image.mode}); convert it to 8 bits."
                 raise ConfigError(msg)
-            return np.atleast_3d(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+            return np.atleast_3d(
+                np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+            )
     except (UnidentifiedImageError, OSError) as error:
         msg = f"{path}: cannot be read as an image ({error})."
         raise ConfigError(msg) from error

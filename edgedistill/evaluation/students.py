@@ -59,7 +59,9 @@ class StudentQuality:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, samples left out."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "samples"}
+        data = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "samples"
+        }
         return {**data, "report": self.report.to_json()}
 
     def problems(self, bar: Bar | None = None) -> list[str]:

@@ -53,7 +53,7 @@ class RunLog:
             initial=position.iteration,
             desc=phase.name,
             unit="it",
-            disable=self._quiet,
+            disable=self._quiet or None,
             dynamic_ncols=True,
         )
 

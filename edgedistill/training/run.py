@@ -141,15 +141,20 @@ def distill(
         recipe: What to do.
         output: Folder to make.
         resume: Go on from ``output.partial``; the result is bitwise that of a run that was never stopped.
-        overwrite: Replace a finished student of other settings.
+        overwrite: Replace a student of other settings, or whatever else `output` is.
         quiet: No progress bar.
 
     Raises:
         ConfigError: If `output` exists and is something else.
         TrainingError: If losses are not finite, or the unfinished run has other settings.
     """
-    if output.exists() and not overwrite:
-        return _finished(recipe, output)
+    if output.exists():
+        finished = _finished(recipe, output)
+        if finished is not None:
+            return finished
+        if not overwrite:
+            msg = f"{output}: exists and was not made with these settings; choose another folder or add --overwrite."
+            raise ConfigError(msg)
     prepared = prepare(recipe)
     partial = output.with_name(output.name + ".partial")
     if partial.exists() and not resume:
@@ -167,14 +172,15 @@ def distill(
     return _assemble(prepared, partial, output)
 
 
-def _finished(recipe: Recipe, output: Path) -> Student:
-    if (output / MANIFEST).is_file():
-        student = Student.open(output)
-        if student.provenance.get("recipe_fingerprint") == recipe.fingerprint:
-            LOGGER.warning("%s: already there, made with the same settings.", output)
-            return student
-    msg = f"{output}: exists and was not made with these settings; choose another folder or add --overwrite."
-    raise ConfigError(msg)
+def _finished(recipe: Recipe, output: Path) -> Student | None:
+    """Return the student that these settings already made, if it is there."""
+    if not (output / MANIFEST).is_file():
+        return None
+    student = Student.open(output)
+    if student.provenance.get("recipe_fingerprint") != recipe.fingerprint:
+        return None
+    LOGGER.warning("%s: already there, made with the same settings.", output)
+    return student
 
 
 def _train(prepared: Prepared, partial: Path, watcher: Watcher) -> None:
