@@ -1,0 +1,209 @@
+"""`edgedistill distill` as its user meets it: plan, run, kill, resume, refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgedistill.cli import main
+from edgedistill.models import store
+from edgedistill.models.unet import bake_guidance
+from edgedistill.student import Student
+from edgedistill.training.recipe import Recipe
+from edgedistill.training.run import distill
+
+RECIPE = Path(__file__).parents[2] / "examples" / "digits_guided.yaml"
+SHORT = [
+    "guided.start_steps=4",
+    "guided.steps=[2, 1]",
+    "guided.fold.iterations=4",
+    "guided.halve.iterations=6",
+    "training.batch_size=8",
+    "training.checkpoint_every=2",
+    "training.preview_every=3",
+    "training.log_every=1",
+]
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    sets = [word for item in SHORT for word in ("--set", item)]
+    return ["distill", str(RECIPE), "-o", str(output), "--threads", "1", *sets, *more]
+
+
+def weights(root: Path) -> str:
+    return hashlib.sha256((root / "unet" / store.WEIGHTS).read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never stopped."""
+    root = tmp_path_factory.mktemp("distilled") / "student"
+    assert main(arguments(root)) == 0
+    return root
+
+
+def test_a_run_leaves_students_losses_events_and_pictures_and_nothing_else(whole: Path) -> None:
+    assert sorted(p.name for p in whole.parent.iterdir()) == ["student"]
+    assert [Student.open(p).table.nfe for p in (whole / "2-step", whole)] == [2, 1]
+    records = [json.loads(s) for s in (whole / "training/losses.jsonl").read_text().splitlines()]
+    assert len(records) == 4 + 6 + 6
+    assert all(np.isfinite(v) for r in records for k, v in r.items() if k.startswith("student/"))
+    assert len(list((whole / "training/samples").glob("*.png"))) == 1 + 2 + 2
+    assert list((whole / "training/tensorboard").glob("events*"))
+    assert Student.open(whole).provenance["recipe"]["guided"]["steps"] == [2, 1]
+
+
+def test_the_student_opens_in_diffusers_once_its_guidance_is_baked(
+    whole: Path, tmp_path: Path
+) -> None:
+    from diffusers import UNet2DModel
+
+    baked = bake_guidance(store.load(whole / "unet"), 0.5)
+    store.save(baked, tmp_path)
+    opened = UNet2DModel.from_pretrained(tmp_path)
+    x, t, c = torch.zeros(1, 1, 8, 8), torch.tensor([999.0]), torch.tensor([3])
+    torch.testing.assert_close(opened(x, t, c).sample, baked(x, t, c).sample, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpoint", ["000-00000002", "001-00000004"])
+def test_a_killed_run_resumes_to_the_same_bits(
+    whole: Path, tmp_path: Path, checkpoint: str
+) -> None:
+    output = tmp_path / "student"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgedistill", *arguments(output, "--quiet")],
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    wanted = tmp_path / "student.partial" / "checkpoints" / checkpoint
+    while not wanted.exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not output.exists()
+    assert main(arguments(output, "--resume", "--quiet")) == 0
+    assert weights(output) == weights(whole)
+    assert weights(output / "2-step") == weights(whole / "2-step")
+    assert not (tmp_path / "student.partial").exists()
+    lines = (output / "training/losses.jsonl").read_text()
+    assert lines == (whole / "training/losses.jsonl").read_text()
+
+
+def test_the_same_recipe_again_does_nothing_and_another_is_refused(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(whole)
+    assert main(arguments(whole, "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"] == 1
+    assert main(arguments(whole, "--set", "seed=1")) == 2
+    assert (
+        "was not made with these settings; choose another folder or add --overwrite"
+        in capsys.readouterr().err
+    )
+    assert weights(whole) == before
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(tmp_path / "student", "--dry-run", "--json")) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [phase["name"] for phase in plan["phases"]] == ["fold", "halve to 2", "halve to 1"]
+    assert [phase["emits"] for phase in plan["phases"]] == [None, "2-step", "1-step"]
+    assert {role["name"]: role["trained"] for role in plan["roles"]} == {
+        "teacher": False,
+        "student": True,
+        "previous": False,
+    }
+    assert all(phase["seconds_per_iteration"] > 0 for phase in plan["phases"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("teacher=/nowhere/teacher", "/nowhere/teacher: no such teacher"),
+        ("data=/nowhere/data", "/nowhere/data: no such file or folder"),
+        (
+            "guided.fold.iteration=3",
+            r"`guided.fold.iteration` is not a setting (did you mean `iterations`?)",
+        ),
+        ("training.batch_size=zero", "`training.batch_size` must be a whole number, got 'zero'"),
+        ("student.width=0.3", "do not divide into 8 normalisation groups"),
+        ("method=magic", "`method` must be one of guided, got 'magic'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    assert main(arguments(tmp_path / "student", "--set", change)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("edgedistill: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_that_is_no_recipe_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", str(tmp_path / "none.yaml"), "-o", str(tmp_path / "s")]) == 2
+    assert "none.yaml: no such recipe file" in capsys.readouterr().err
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: [unclosed\n")
+    assert main(["distill", str(bad), "-o", str(tmp_path / "s")]) == 2
+    assert "not readable as YAML" in capsys.readouterr().err
+
+
+def test_images_that_do_not_fit_the_teacher_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "big.npz"
+    np.savez(data, images=np.zeros((4, 16, 16, 1), np.uint8), labels=np.arange(4))
+    assert main(arguments(tmp_path / "s", "--set", f"data={data}")) == 2
+    assert "has images of (1, 16, 16), teacher 'digits' takes (1, 8, 8)" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_leaves_no_student_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "student"
+    rate = "guided.fold.optimizer.learning_rate=1e30"
+    assert (
+        main(arguments(output, "--quiet", "--set", rate, "--set", "training.clip_norm=null")) == 2
+    )
+    error = capsys.readouterr().err
+    assert "Phase 'fold', iteration" in error
+    assert "training.nan_policy=skip" in error
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_stochastic_sampler_is_trained_and_written(tmp_path: Path, steps: int) -> None:
+    sets = [
+        *SHORT,
+        "guided.sampler=stochastic",
+        f"guided.steps=[{steps}]",
+        "training.tensorboard=false",
+    ]
+    student = distill(Recipe.load(RECIPE, sets), tmp_path / "s", quiet=True)
+    table = student.table
+    assert (table.nfe, table.noise_count, len(table.rows)) == (steps, steps, steps)
+    assert [row.noise for row in table.rows] == [*range(1, steps), None]
+
+
+def test_a_smaller_student_is_smaller(tmp_path: Path) -> None:
+    sizes = []
+    for change in ("student.remove_mid_block=true", "student.width=0.5"):
+        sets = [*SHORT, change, "training.tensorboard=false"]
+        student = distill(Recipe.load(RECIPE, sets), tmp_path / change, quiet=True)
+        sizes.append(student.provenance["parameters"]["unet"])
+    assert sizes == [123089, 42889]
