@@ -59,7 +59,7 @@ def quality_rows(record: dict[str, Any]) -> list[list[str]]:
     ]
     for item in record["naive"]:
         scale, steps = item["guidance_scale"], item["steps"]
-        name = f"naive teacher, {steps} step{'s' * (steps > 1)}, g={scale:g}, {item['spacing']}"
+        name = f"naive teacher, {_counted(steps, 'step')}, g={scale:g}, {item['spacing']}"
         ratio = item["report"]["frechet"] / teacher["report"]["frechet"]
         calls = steps if scale == 1 else 2 * steps
         lines.append([name, str(calls), "", *_numbers(item["report"], 1.0, ratio, 1.0)])
@@ -83,13 +83,15 @@ def _pictures(
 ) -> Html:
     from edgedistill.models.run import sample_torch
 
-    sets = [("teacher, 50 guided steps, 100 evaluations", baselines.reference)]
+    sets = [(f"teacher, {baselines.settings.reference_steps} guided steps", baselines.reference)]
     for steps, naive in baselines.naive.items():
         table = teacher.table(steps, 1 + naive.w, naive.spacing)
         modules = dict.fromkeys(table.networks, teacher.network)
         samples = sample_torch(modules, table, _SHOWN, seed=baselines.settings.seed)
-        sets.append((f"naive teacher, {_counted(table.nfe)}", samples))
-    sets += [(f"{item.name}, {_counted(item.nfe)}", item.samples) for item in students]
+        sets.append((f"naive teacher, {_counted(steps, 'step')}", samples))
+    sets += [
+        (f"{item.name}, {_counted(item.nfe, 'evaluation')}", item.samples) for item in students
+    ]
     return page.section(
         "The same noise, fewer evaluations",
         page.gallery(
@@ -103,8 +105,8 @@ def _pictures(
     )
 
 
-def _counted(nfe: int) -> str:
-    return f"{nfe} evaluation{'s' * (nfe > 1)}"
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def _legend(baselines: "Baselines") -> str:

@@ -155,9 +155,9 @@ tbody tr:hover { background: var(--raised); }
   white-space: nowrap; background: var(--raised); color: var(--soft); }
 .badge.good { background: var(--good-ground); color: var(--good); }
 .badge.bad { background: var(--bad-ground); color: var(--bad); }
-.gallery { display: flex; flex-wrap: wrap; gap: 1.25rem; margin: .8rem 0; }
+.gallery { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 1.25rem; margin: .8rem 0; }
 .gallery > * { width: 240px; }
-.gallery figure + figure { margin-top: .6rem; }
+.gallery div figure + figure { margin-top: .6rem; }
 figure { margin: 0; }
 figcaption { font-size: .85rem; line-height: 1.4; margin-top: .35rem; max-width: 20rem; }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 3px; }

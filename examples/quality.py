@@ -102,7 +102,8 @@ def table(rows: list[tuple[int, float, StudentQuality]], baselines: Baselines) -
     lines.append("| " + " | ".join([*first, ""]) + " |")
     for steps, naive in baselines.naive.items():
         report, ratio = naive.report, naive.report.frechet / teacher.frechet
-        name = f"naive teacher, {steps} steps, g={1 + naive.w:g}, {naive.spacing}"
+        plural = "s" * (steps > 1)
+        name = f"naive teacher, {steps} step{plural}, g={1 + naive.w:g}, {naive.spacing}"
         calls = str(steps * (2 if naive.w else 1))
         values = [report.frechet, 1.0, ratio, 1.0, report.recall, report.diversity]
         values += [report.memorisation, report.accuracy]
