@@ -31,11 +31,13 @@ from edgedistill.methods.plan import (
 from edgedistill.methods.states import noised_data
 from edgedistill.methods.targets import cfg_combine, progressive_target
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.prediction import PredictionType
 from edgedistill.rows import ddim_row, jump_and_noise_row
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
 
 END = -1
+MIN_EPSILON_ALPHA = 0.02
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class GuidedSettings:
     Fields:
         guidance_scale: Range of g = 1 + w that the student is trained for.
         default_guidance_scale: What the sampler table uses when the caller does not choose.
-        start_steps: Steps of the folded student that stage 2 halves first; a power of two times each
-            entry of `steps`.
-        steps: Numbers of sampler rows to write students for; all are halvings of `start_steps`.
+        start_steps: Steps of the folded student that stage 2 halves first.
+        steps: Numbers of sampler rows to write students for: `start_steps` itself (stage 1 alone) or
+            halvings of it; for the stochastic sampler one even number, twice such a halving.
         sampler: ``deterministic`` (DDIM rows), or ``stochastic`` (jump by two grid steps, noise back
             by one), which also trains the last halving on the odd grid points.
         fold, halve: Stage 1, and each phase of stage 2.
@@ -94,8 +96,8 @@ class GuidedSettings:
         if not self.steps or not grids <= halvings or self.start_steps % min(grids, default=1):
             msg = f"`steps` must be halvings of `start_steps` {self.start_steps}, got {list(self.steps)}."
             raise ConfigError(msg)
-        if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] < 2):
-            msg = f"The stochastic sampler trains one student of two or more steps, got {list(self.steps)}."
+        if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] % 2):
+            msg = f"The stochastic sampler trains one student of an even number of steps, got {list(self.steps)}."
             raise ConfigError(msg)
 
     def jumps(self, rows: int) -> int:
@@ -134,37 +136,51 @@ def plan(
         previous: Same architecture as the student: the teacher of each halving.
         target: What the tables are for.
     """
+    _check_start(student)
     sketch = _Sketch(settings, student.schedule, student.prediction_type.value, target)
-    fold = Phase(
-        "fold",
-        settings.fold.iterations,
-        (Update("student", ("student",), _fold_loss(settings), settings.fold.optimizer),),
-        preview=sketch.table(settings.start_steps),
-    )
-    jumps = [settings.jumps(rows) for rows in sorted(settings.steps, reverse=True)]
-    phases, count = [fold], settings.start_steps
-    while count > jumps[-1]:
-        count //= 2
-        rows = settings.steps[0] if settings.sampler == "stochastic" else count
-        odd = settings.sampler == "stochastic" and count == jumps[-1]
-        loss = _halve_loss(settings, student.schedule, count, odd=odd)
-        table = sketch.table(rows) if count in jumps else sketch.deterministic(count)
-        phases.append(
-            Phase(
-                f"halve to {count}",
-                settings.halve.iterations,
-                (Update("student", ("student",), loss, settings.halve.optimizer),),
-                copies=(("student", "previous"),),
-                preview=table,
-                emits=Emission(f"{rows}-step", table) if count in jumps else None,
-            )
-        )
+    rows = {settings.jumps(count): count for count in settings.steps}
+    counts = [settings.start_steps]
+    while counts[-1] > min(rows):
+        counts.append(counts[-1] // 2)
     roles = (
         Role("teacher", teacher),
         Role("student", student, trained=True, saved=True, ema=settings.ema),
         Role("previous", previous, saved=True),
     )
-    return Plan(roles, tuple(phases))
+    return Plan(roles, tuple(_phase(sketch, count, rows.get(count)) for count in counts))
+
+
+def _check_start(student: Denoiser) -> None:
+    """Refuse eps where the first state holds next to nothing of x: x0 = (z - sigma eps) / alpha."""
+    alpha, _ = student.schedule.alpha_sigma(student.schedule.num_train_timesteps - 1)
+    if student.prediction_type is PredictionType.EPSILON and alpha < MIN_EPSILON_ALPHA:
+        msg = (
+            f"A student that predicts epsilon cannot start where alpha is {alpha:.1e}: x0 is lost in rounding; "
+            "set `prediction_type: v_prediction` in the recipe."
+        )
+        raise ConfigError(msg)
+
+
+def _phase(sketch: "_Sketch", count: int, rows: int | None) -> Phase:
+    """Lay out the phase after which the student makes `count` jumps; `rows` are emitted, or None."""
+    settings = sketch.settings
+    is_fold = count == settings.start_steps
+    is_stochastic = settings.sampler == "stochastic" and rows is not None
+    table = sketch.stochastic(rows) if is_stochastic and rows else sketch.deterministic(count)
+    part = settings.fold if is_fold else settings.halve
+    loss = (
+        _fold_loss(settings)
+        if is_fold
+        else _halve_loss(settings, sketch.schedule, count, odd=is_stochastic)
+    )
+    return Phase(
+        "fold" if is_fold else f"halve to {count}",
+        part.iterations,
+        (Update("student", ("student",), loss, part.optimizer),),
+        copies=() if is_fold else (("student", "previous"),),
+        preview=table,
+        emits=Emission(f"{rows}-step", table) if rows is not None else None,
+    )
 
 
 def _draw_w(settings: GuidedSettings, step: Step) -> Tensor:
@@ -224,11 +240,6 @@ class _Sketch:
     schedule: Schedule
     prediction_type: str
     target: Target
-
-    def table(self, rows: int) -> SamplerTable:
-        if self.settings.sampler == "stochastic":
-            return self.stochastic(rows)
-        return self.deterministic(rows)
 
     def deterministic(self, count: int) -> SamplerTable:
         """N DDIM rows on the trailing grid; the last one returns x0."""

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -108,13 +107,12 @@ def config_of(network: nn.Module) -> dict[str, Any]:
 
 
 def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Call a network by input names and return its raw prediction as a plain tensor."""
-    made = (
-        network(**inputs, return_dict=False)
-        if isinstance(network, UNet2DModel)
-        else network(**inputs)
-    )
-    return made[0] if isinstance(made, tuple) else made
+    """Call a network by input names and return its raw prediction as a plain tensor.
+
+    diffusers' networks return an object with the prediction as `sample`, also from inside of a wrapper.
+    """
+    made = network(**inputs)
+    return getattr(made, "sample", made)
 
 
 def signature(network: nn.Module) -> Signature:

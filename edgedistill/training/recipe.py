@@ -25,6 +25,8 @@ class Recipe:
         data: ``digits``, an .npz file, or a folder of images.
         method: Which method; the settings group of the same name belongs to it.
         seed: Key of all randomness.
+        prediction_type: What the student predicts; None: what the teacher does. Another kind needs a longer
+            first phase, since the teacher's weights start it off with the wrong one.
         student: How the student is cut from the teacher; None: the teacher's own architecture.
         guided: Settings of guided distillation.
         training: Settings of the loop.
@@ -35,6 +37,7 @@ class Recipe:
     data: str
     method: Literal["guided"] = "guided"
     seed: int = 0
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     student: CutSettings | None = None
     guided: GuidedSettings = field(default_factory=GuidedSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)

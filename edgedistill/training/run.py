@@ -107,21 +107,27 @@ def prepare(recipe: Recipe) -> Prepared:
 
 def _guided_plan(recipe: Recipe, teacher: Teacher) -> Plan:
     schedule = Schedule.from_config(teacher.scheduler)
-    kind = PredictionType(teacher.prediction_type)
+    scheduler = _student_scheduler(recipe, teacher)
     smaller = (
         copy.deepcopy(teacher.network)
         if recipe.student is None
         else cut(teacher.network, recipe.student)
     )
+    kind = PredictionType(scheduler["prediction_type"])
     student = Denoiser(GuidedUNet2DModel(smaller), schedule, kind)
     conditions = (Condition("class_labels", "class", teacher.classes),) if teacher.classes else ()
     return guided.plan(
         recipe.guided,
-        Denoiser(teacher.network, schedule, kind),
+        Denoiser(teacher.network, schedule, PredictionType(teacher.prediction_type)),
         student,
         copy.deepcopy(student),
-        guided.Target(teacher.scheduler, teacher.shape, conditions),
+        guided.Target(scheduler, teacher.shape, conditions),
     )
+
+
+def _student_scheduler(recipe: Recipe, teacher: Teacher) -> dict[str, Any]:
+    kind = recipe.prediction_type or teacher.prediction_type
+    return {**teacher.scheduler, "prediction_type": kind}
 
 
 def distill(
@@ -215,7 +221,8 @@ def _write_student(
             store.save(network, aside / name)
             signatures[name] = denoiser.signature
             parameters[name] = sum(value.numel() for value in network.parameters())
-        write_json(aside / "scheduler" / "scheduler_config.json", dict(prepared.teacher.scheduler))
+        scheduler = _student_scheduler(prepared.recipe, prepared.teacher)
+        write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
         Student(
             aside,
             f"{prepared.recipe.name}-{emission.name}",

@@ -81,7 +81,7 @@ def test_overrides_leave_the_original_alone_and_need_an_equals_sign() -> None:
         ({"guided": {"guidance_scale": [0.0, 2.0]}}, "must be \\[low, high\\] with 1 <= low"),
         (
             {"guided": {"sampler": "stochastic", "steps": [4, 2]}},
-            "trains one student of two or more",
+            "trains one student of an even number",
         ),
         ({"training": {"batch_size": 10, "gradient_accumulation": 3}}, "must be a multiple of"),
         ({"student": {"width": 1.5}}, "`width` must lie in"),
