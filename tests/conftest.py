@@ -13,6 +13,8 @@ from edgedistill.table import Condition, Guidance, SamplerTable
 
 # Threads of one small convolution wait for one another: on a busy machine that takes 300 times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing here is fetched; a loader that tries fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WITHOUT_TORCH = """
 import sys
 sys.modules.update(dict.fromkeys(["torch", "diffusers", "transformers", "onnx", "export", "quantize"]))

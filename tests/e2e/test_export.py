@@ -18,7 +18,7 @@ from edgedistill.cli import main
 from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.models import store
 from edgedistill.parity import floor_of
-from edgedistill.probes import load_probes
+from edgedistill.probes import GOLDEN_SAMPLES, load_probes
 from edgedistill.student import Student
 from export import assemble
 from export.assemble import export_student
@@ -102,6 +102,7 @@ def test_calibration_is_what_the_network_is_fed_on_other_seeds(bundle, student):
     w = calibration["unet.w"][:samples]
     assert (w[0], w[-1]) == (0, 2)
     assert (np.diff(w) > 0).all()
+    assert not {*assemble.CALIBRATION_SEEDS} & {*range(GOLDEN_SAMPLES)}
     first = {array.tobytes() for array in golden["noise.0"]}
     assert not first & {array.tobytes() for array in calibration["unet.sample"]}
 
