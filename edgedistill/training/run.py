@@ -89,6 +89,9 @@ def prepare(recipe: Recipe) -> Prepared:
         BundleError: If the teacher cannot be read.
         ConfigError: If recipe, teacher and data do not fit each other.
     """
+    if recipe.training.mixed_precision == "fp16" and not torch.cuda.is_available():
+        msg = "`training.mixed_precision` fp16 needs a GPU; use bf16 or no here."
+        raise ConfigError(msg)
     teacher = Teacher.open(recipe.teacher)
     images = open_dataset(recipe.data)
     if images.images.shape[1:] != teacher.shape:
