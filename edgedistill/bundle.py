@@ -20,6 +20,7 @@ SCHEMA_VERSION = "1.0"
 TABLE = "sampler.json"
 GOLDEN = "probes/golden.safetensors"
 CALIBRATION = "probes/calibration.safetensors"
+REFERENCE = "torch-float32"
 
 
 @dataclass(frozen=True)
@@ -141,22 +142,16 @@ class Bundle:
         Raises:
             BundleError: If there is none, or the named one belongs to another runtime.
         """
-        held = ", ".join(f"{a.name} ({a.runtime})" for a in self.artifacts.values()) or "nothing"
         fitting = [
             item
             for item in self.artifacts.values()
             if name in (None, item.name) and runtime in (None, item.runtime)
         ]
         if not fitting:
-            wanted = " ".join(
-                part
-                for part in (
-                    f"artifact {name!r}" if name else "artifact",
-                    f"for runtime {runtime!r}" if runtime else "",
-                )
-                if part
-            )
-            msg = f"{self.root}: no {wanted}; the bundle holds: {held}."
+            held = ", ".join(f"{a.name} ({a.runtime})" for a in self.artifacts.values())
+            wanted = f"artifact {name!r}" if name else "artifact"
+            wanted += f" for runtime {runtime!r}" if runtime else ""
+            msg = f"{self.root}: no {wanted}; the bundle holds: {held or 'nothing'}."
             raise BundleError(msg)
         return fitting[0]
 
@@ -176,6 +171,26 @@ class Draft:
     def add(self, artifact: Artifact) -> None:
         """Record an artifact whose files the writer has put under `root`."""
         self.artifacts[artifact.name] = artifact
+
+
+def start_from(target: Path, fresh: Bundle, *, overwrite: bool) -> Bundle:
+    """Return what a writer at `target` starts from: the bundle of the same student there, or else `fresh`.
+
+    Args:
+        target: The folder that will be written.
+        fresh: What to start from where there is no bundle yet.
+        overwrite: Start from `fresh` whatever `target` holds.
+
+    Raises:
+        BundleError: If `target` holds a bundle of another student, or a damaged one.
+    """
+    if overwrite or not (target / MANIFEST).is_file():
+        return fresh
+    held = Bundle.open(target)
+    if held.fingerprint != fresh.fingerprint:
+        msg = f"{target}: holds a bundle of another student ({held.name!r}); choose another folder, or give --overwrite to replace it."
+        raise BundleError(msg)
+    return held
 
 
 def write_bundle(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill import plugins
+from edgedistill.arguments import add_command
 from edgedistill.errors import CheckFailedError, EdgeDistillError
 
 if TYPE_CHECKING:
@@ -32,13 +33,8 @@ student in every format, DIR/compressed its 8-bit and 6-bit versions. Exit statu
 
 def register(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = commands.add_parser(
-        "demo",
-        help="the whole way in minutes, on a teacher that comes with the package",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    short = "the whole way in minutes, on a teacher that comes with the package"
+    parser = add_command(commands, "demo", short, DESCRIPTION, EPILOG)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print DIR/report.json at the end")
     parser.set_defaults(run=run)
@@ -206,12 +202,12 @@ def _record(
 
 def _sizes(folder: Path) -> list[dict[str, Any]]:
     """Return the bytes of every artifact, and how much smaller it is than the PyTorch weights."""
-    from edgedistill.bundle import Bundle
+    from edgedistill.bundle import REFERENCE, Bundle
 
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for root in ("bundle", "compressed", "small-bundle"):
         bundle = Bundle.open(folder / root)
-        reference = bundle.size(bundle.artifacts["torch-float32"])
+        reference = bundle.size(bundle.artifacts[REFERENCE])
         for item in bundle.artifacts.values():
             size = bundle.size(item)
             lines[bundle.name, item.name] = {

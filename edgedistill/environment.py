@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import Any
 
 from edgedistill import __version__
+from edgedistill.arguments import add_command, add_json
 from edgedistill.terminal import aligned
 
 _REQUIREMENT = re.compile(
@@ -72,16 +73,16 @@ class Requirement:
 
 def register(commands: Any) -> None:
     """Add `edgedistill env`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "env",
-        help="print versions and say which extras work",
-        description="Print the versions of everything that matters here and say which extras work. "
+        "print versions and say which extras work",
+        "Print the versions of everything that matters here and say which extras work.\n"
         "No package is imported. Paste the output into bug reports.",
-        epilog="Exit status: 0 fine or merely not installed, 1 two packages are known to break each other.\n\n"
+        "Exit status: 0 fine or merely not installed, 1 two packages are known to break each other.\n\n"
         "examples:\n  edgedistill env\n  edgedistill env --json > environment.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 

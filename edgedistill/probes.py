@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from edgedistill.conditions import network_conditions
 from edgedistill.errors import BundleError
 from edgedistill.files import write_bytes
 from edgedistill.network import CheckedNetwork
-from edgedistill.noise import noise_bank
+from edgedistill.noise import Bank, noise_bank
 from edgedistill.sampler import Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 
@@ -73,6 +74,47 @@ def spread_conditions(table: SamplerTable, count: int) -> dict[str, np.ndarray]:
         scales = np.linspace(*table.guidance.range, count, dtype=np.float32)
         conditions[table.guidance.input] = scales - 1
     return conditions
+
+
+@dataclass(frozen=True)
+class Golden:
+    """What the reference did from one noise bank.
+
+    Fields:
+        noise: The bank, float32 (batch, channels, height, width) each.
+        conditions: Network inputs by name, one entry per sample, guidance included.
+        rows: Per row ``state``, ``raw``, ``x0``, ``next``; no ``raw`` and ``x0`` where no network is called.
+        output: The finished samples.
+    """
+
+    noise: Bank
+    conditions: Mapping[str, np.ndarray]
+    rows: Sequence[Mapping[str, np.ndarray]]
+    output: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path, table: SamplerTable) -> "Golden":
+        """Read the golden tensors of a table.
+
+        Raises:
+            BundleError: If the file is missing or damaged, or lacks a tensor that the table calls for.
+        """
+        held = load_probes(path)
+        try:
+            rows = [_numbered(held, f"row.{i}.", row.call) for i, row in enumerate(table.rows)]
+            noise = [held[f"noise.{k}"] for k in range(table.noise_count)]
+            return cls(noise, _under(held, "condition."), rows, held["output"])
+        except KeyError as error:
+            msg = f"{path}: no {error} there, which the sampler table calls for; export the bundle anew."
+            raise BundleError(msg) from error
+
+    def pairs(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (condition, i, j) for samples of equal noise that differ in this one condition."""
+        for i, j in itertools.combinations(range(len(self.output)), 2):
+            if all(np.array_equal(bank[i], bank[j]) for bank in self.noise):
+                differing = [name for name, v in self.conditions.items() if v[i] != v[j]]
+                if len(differing) == 1:
+                    yield differing[0], i, j
 
 
 def record_golden(
@@ -163,6 +205,17 @@ def load_probes(path: Path) -> Probes:
     except SafetensorError as error:
         msg = f"{path}: not a whole safetensors file ({error}); get the bundle anew."
         raise BundleError(msg) from error
+
+
+def _under(held: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): v for name, v in held.items() if name.startswith(prefix)}
+
+
+def _numbered(
+    held: Mapping[str, np.ndarray], prefix: str, calls: Sequence[str]
+) -> dict[str, np.ndarray]:
+    needed = ("state", "raw", "x0", "next") if calls else ("state", "next")
+    return {name: held[prefix + name] for name in needed}
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -13,16 +13,17 @@ from edgedistill import plugins
 from edgedistill.bundle import (
     CALIBRATION,
     GOLDEN,
-    MANIFEST,
+    REFERENCE,
     TABLE,
     Artifact,
     Bundle,
     Draft,
     NetworkFile,
+    start_from,
     write_bundle,
 )
 from edgedistill.contract import BATCH
-from edgedistill.errors import BundleError, ContractError
+from edgedistill.errors import ContractError
 from edgedistill.models import store
 from edgedistill.network import CheckedNetwork
 from edgedistill.probes import (
@@ -37,7 +38,6 @@ from edgedistill.validate import check
 
 from .formats import FORMATS, ExportOptions, Job, jobs
 
-REFERENCE = "torch-float32"
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
 Networks = Mapping[str, nn.Module]
@@ -74,7 +74,7 @@ def export_student(
     """
     options = options or ExportOptions()
     wanted = {job.name: job for job in jobs(formats, options)}
-    base = _base(student, target, overwrite=options.overwrite)
+    base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
     missing = [job for name, job in wanted.items() if name not in kept]
     if base.artifacts and not missing:
@@ -84,17 +84,9 @@ def export_student(
     )
 
 
-def _base(student: Student, target: Path, *, overwrite: bool) -> Bundle:
-    if overwrite or not (target / MANIFEST).is_file():
-        provenance = {**student.provenance, "exported_by": f"edgedistill {edgedistill.__version__}"}
-        return Bundle(
-            student.root, student.name, student.fingerprint, student.table, {}, provenance
-        )
-    held = Bundle.open(target)
-    if held.fingerprint != student.fingerprint:
-        msg = f"{target}: holds a bundle of another student ({held.name!r}); choose another folder, or give --overwrite to replace it."
-        raise BundleError(msg)
-    return held
+def _without_artifacts(student: Student) -> Bundle:
+    provenance = {**student.provenance, "exported_by": f"edgedistill {edgedistill.__version__}"}
+    return Bundle(student.root, student.name, student.fingerprint, student.table, {}, provenance)
 
 
 def _still_wanted(held: Artifact, job: Job | None) -> bool:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.errors import ConfigError
+from edgedistill.arguments import add_command, add_json, add_target, target_of
 
 from .formats import ALL, FORMATS, ExportOptions
 
@@ -32,7 +32,8 @@ Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
 
 def register(commands: Any) -> None:
     """Add `edgedistill export`."""
-    parser = _parser(commands, "export", "write a student as ONNX, OpenVINO, Core ML")
+    short = "write a student as ONNX, OpenVINO, Core ML"
+    parser = add_command(commands, "export", short, _DESCRIPTION, _EPILOG)
     formats = parser.add_subparsers(title="formats", metavar="FORMAT", required=True)
     for name, short in (
         ("onnx", "ONNX, for ONNX Runtime"),
@@ -40,7 +41,7 @@ def register(commands: Any) -> None:
         ("coreml", "ML Program packages, for iPhone and Mac"),
         (ALL, "all of them"),
     ):
-        one = _parser(formats, name, short)
+        one = add_command(formats, name, short, _DESCRIPTION, _EPILOG)
         _add_shared(one)
         _add_batch(one, may_be_free=name in ("onnx", "openvino"))
         if name != ALL:
@@ -57,17 +58,6 @@ def register(commands: Any) -> None:
         one.set_defaults(run=_run, format=name)
 
 
-def _parser(commands: Any, name: str, short: str) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=short,
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return made
-
-
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
@@ -78,14 +68,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="folder that `distill` made",
     )
-    parser.add_argument(
-        "bundle", metavar="BUNDLE", type=Path, nargs="?", help="folder to make or to add to"
-    )
-    parser.add_argument("-o", "--output", metavar="BUNDLE", type=Path, help="the same")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a BUNDLE, whatever it holds"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_target(parser, "BUNDLE")
+    add_json(parser)
     parser.set_defaults(dtype=None, dynamic=False, opset=None, dynamo=False)
     parser.set_defaults(min_deployment_target=ExportOptions.deployment_target)
 
@@ -116,9 +100,7 @@ def _add_onnx(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if (options.bundle is None) == (options.output is None):
-        msg = "Name the bundle once, as BUNDLE or with -o."
-        raise ConfigError(msg)
+    target = target_of(options, "BUNDLE")
     settings = ExportOptions(
         dtype=_DTYPES.get(options.dtype),
         batch=None if options.dynamic else options.batch_size,
@@ -141,9 +123,7 @@ def _run(options: argparse.Namespace) -> int:
             bar.total, bar.n = total, done
             bar.set_description_str(what)
 
-        bundle = export_student(
-            student, options.bundle or options.output, [options.format], settings, tell
-        )
+        bundle = export_student(student, target, [options.format], settings, tell)
     _tell(bundle, as_json=options.json)
     return 0
 

@@ -9,13 +9,22 @@ from typing import Any
 import numpy as np
 
 from edgedistill import plugins
-from edgedistill.bundle import GOLDEN, MANIFEST, Artifact, Bundle, Draft, NetworkFile, write_bundle
+from edgedistill.bundle import (
+    GOLDEN,
+    REFERENCE,
+    Artifact,
+    Bundle,
+    Draft,
+    NetworkFile,
+    start_from,
+    write_bundle,
+)
 from edgedistill.contract import Feeds
-from edgedistill.errors import BundleError, CheckFailedError, ConfigError, ContractError
+from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.parity import compare
 from edgedistill.pipeline import Pipeline
-from edgedistill.probes import load_probes
+from edgedistill.probes import Golden
 from edgedistill.sampler import Network, run_table
 
 from .calibration import calibration_batches
@@ -107,7 +116,7 @@ def quantize_bundle(
         target: Folder to make or to add to.
         config: What to do.
         only: As `plan`.
-        overwrite: Replace a bundle of another student.
+        overwrite: Replace a bundle at `target`, whatever it holds.
         progress: Wraps each sequence that takes time; its second argument says what it is.
 
     Raises:
@@ -115,30 +124,22 @@ def quantize_bundle(
             `overwrite` is not given; or if the bundle holds no probes.
         CheckFailedError: If a smaller network's answer is not finite or is less than 10 dB SNR from
             its source's on a held-out call.
-        ConfigError: As `plan`.
+        ConfigError: As `plan`; or if `bundle` itself would be replaced.
         MissingDependencyError: If a package is not installed.
     """
     jobs = plan(bundle, config, only).jobs
-    base, keep = _base(bundle, target, overwrite=overwrite)
+    if overwrite and target.resolve() == bundle.root.resolve():
+        msg = f"{target}: cannot replace the bundle that it is made from; leave --overwrite out to add to it."
+        raise ConfigError(msg)
+    reference = {k: item for k, item in bundle.artifacts.items() if k == REFERENCE}
+    base = start_from(target, replace(bundle, artifacts=reference), overwrite=overwrite)
 
     def fill(draft: Draft) -> None:
         for job in progress(jobs, "quantize"):
             draft.add(_make(bundle, job, config, draft.root, progress))
 
     made = {job.result.name for job in jobs}
-    return write_bundle(target, base, fill, [name for name in keep if name not in made])
-
-
-def _base(bundle: Bundle, target: Path, *, overwrite: bool) -> tuple[Bundle, list[str]]:
-    """Return the bundle to start from and the names of the artifacts to keep."""
-    if (target / MANIFEST).is_file():
-        existing = Bundle.open(target)
-        if existing.fingerprint == bundle.fingerprint:
-            return existing, list(existing.artifacts)
-        if not overwrite:
-            msg = f"{target}: holds another student ({existing.name}); choose another folder, or replace it with --overwrite."
-            raise BundleError(msg)
-    return bundle, [item.name for item in bundle.artifacts.values() if item.format == "torch"]
+    return write_bundle(target, base, fill, [name for name in base.artifacts if name not in made])
 
 
 def _precisions(format_: str) -> tuple[str, ...]:
@@ -193,13 +194,9 @@ def _compress(
 
 def _held_out_calls(bundle: Bundle, source: Artifact) -> dict[str, list[Call]]:
     """Return what the source's networks are fed and answer on the first golden sample, row by row."""
-    golden = {name: value[:1] for name, value in load_probes(bundle.root / GOLDEN).items()}
-    noise = [golden[f"noise.{k}"] for k in range(bundle.table.noise_count)]
-    conditions = {
-        name.removeprefix("condition."): value
-        for name, value in golden.items()
-        if name.startswith("condition.")
-    }
+    golden = Golden.load(bundle.root / GOLDEN, bundle.table)
+    noise = [array[:1] for array in golden.noise]
+    conditions = {name: value[:1] for name, value in golden.conditions.items()}
     calls: dict[str, list[Call]] = {}
 
     def tapped(network: CheckedNetwork) -> Network:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.arguments import add_command, add_json, add_target, target_of
 from edgedistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,35 +39,21 @@ Exit status: 0 fine, 1 a smaller network answers too differently, 2 bad input.
 
 def register(commands: Any) -> None:
     """Add `edgedistill quantize`."""
-    parser = commands.add_parser(
-        "quantize",
-        help="make a bundle smaller: int8, palettes",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    short = "make a bundle smaller: int8, palettes"
+    parser = add_command(commands, "quantize", short, _DESCRIPTION, _EPILOG)
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
-    parser.add_argument(
-        "smaller", metavar="SMALLER", type=Path, nargs="?", help="folder to make or to add to"
-    )
-    parser.add_argument("-o", "--output", metavar="SMALLER", type=Path, help="the same")
+    add_target(parser, "SMALLER")
     _add_ways(parser)
     parser.add_argument("--only", metavar="FORMATS", help="such as onnx,openvino (default: all)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a SMALLER of another student"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     parser.set_defaults(run=_run)
 
 
 def _add_ways(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("weights alone")
-    weights.add_argument(
-        "--weight-format", "--weight_format", metavar="F", help="int8; palette6, palette4 (Core ML)"
-    )
+    weights.add_argument("--weight-format", metavar="F", help="int8; palette6, palette4 (Core ML)")
     weights.add_argument(
         "--quantize-nbits",
-        "--quantize_nbits",
         metavar="N",
         type=int,
         help="8, 6 or 4: the same as --weight-format int8, palette6, palette4",
@@ -74,17 +61,13 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
     both = parser.add_argument_group("weights and activations")
     both.add_argument(
         "--quant-mode",
-        "--quant_mode",
         "--act-precision",
-        "--act_precision",
         metavar="M",
         help="int8",
     )
     both.add_argument(
         "--num-samples",
-        "--num_samples",
         "--subset-size",
-        "--subset_size",
         dest="subset_size",
         metavar="N",
         type=int,
@@ -92,14 +75,12 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
     )
     both.add_argument(
         "--smooth-quant-alpha",
-        "--smooth_quant_alpha",
         metavar="A",
         type=float,
         help="0 to 1 (default: no SmoothQuant)",
     )
     both.add_argument(
         "--ignored-scope",
-        "--ignored_scope",
         metavar="PATTERN",
         nargs="+",
         help="operations that stay in float (default: conv_in, conv_out, time_embedding)",
@@ -107,7 +88,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    target = _target(options)
+    target = target_of(options, "SMALLER")
     from edgedistill.bundle import Bundle
 
     from .bundle_writer import plan, quantize_bundle
@@ -127,15 +108,6 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print(_text(target, made, planned.left_out))
     return 0
-
-
-def _target(options: argparse.Namespace) -> Path:
-    given = [path for path in (options.smaller, options.output) if path is not None]
-    if len(given) != 1:
-        msg = f"Name the folder to write once, as SMALLER or with -o; got {len(given)}."
-        raise ConfigError(msg)
-    target: Path = given[0]
-    return target
 
 
 def _config(options: argparse.Namespace) -> "Config":

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedistill.arguments import add_command, add_json, positive
 from edgedistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Exit status: 0 every artifact reaches its floors, 1 one does not, 2 bad input.
 
 def register_sample(commands: Any) -> None:
     """Add `edgedistill sample`."""
-    parser = _command(
+    parser = add_command(
         commands,
         "sample",
         "sample from a bundle on any runtime",
@@ -53,14 +54,14 @@ def register_sample(commands: Any) -> None:
     )
     parser.add_argument("--artifact", metavar="NAME", help="default: the first of the runtime")
     parser.add_argument("-o", "--output", metavar="PNG", type=Path, required=True, help="the sheet")
-    parser.add_argument("-n", "--num-samples", metavar="N", type=_positive, help="default: 16")
+    parser.add_argument("-n", "--num-samples", metavar="N", type=positive, help="default: 16")
     parser.add_argument("--seed", type=_seed, default=0, help="of the first sample (default: 0)")
     parser.add_argument(
         "--class", "--class-labels", dest="labels", metavar="K", type=int, nargs="+", help="classes"
     )
     parser.add_argument("--guidance-scale", metavar="G", type=float, help="1 is no guidance")
-    parser.add_argument("--columns", metavar="N", type=_positive, help="of the sheet")
-    parser.add_argument("--scale", metavar="N", type=_positive, help="enlarge each pixel N times")
+    parser.add_argument("--columns", metavar="N", type=positive, help="of the sheet")
+    parser.add_argument("--scale", metavar="N", type=positive, help="enlarge each pixel N times")
     parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
     _add_shared(parser)
     parser.set_defaults(run=_sample)
@@ -68,7 +69,7 @@ def register_sample(commands: Any) -> None:
 
 def register_parity(commands: Any) -> None:
     """Add `edgedistill parity`."""
-    parser = _command(
+    parser = add_command(
         commands,
         "parity",
         "prove that every artifact still is the PyTorch model",
@@ -85,23 +86,10 @@ def register_parity(commands: Any) -> None:
     parser.set_defaults(run=_parity)
 
 
-def _command(
-    commands: Any, name: str, short: str, description: str, epilog: str
-) -> argparse.ArgumentParser:
-    made: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=short,
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    return made
-
-
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="D", help="handed to the runtime, such as CPU or GPU")
-    parser.add_argument("--threads", metavar="N", type=_positive, help="handed to the runtime")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--threads", metavar="N", type=positive, help="handed to the runtime")
+    add_json(parser)
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -256,13 +244,6 @@ def _check_target(path: Path, suffix: str) -> None:
     if problem is not None:
         msg = f"{path}: {problem}."
         raise ConfigError(msg)
-
-
-def _positive(value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        msg = f"must be a whole number of at least 1, got {value!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(value)
 
 
 def _seed(value: str) -> int:

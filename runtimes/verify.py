@@ -3,17 +3,14 @@
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from edgedistill.bundle import GOLDEN, Artifact, Bundle
 from edgedistill.environment import versions
-from edgedistill.errors import BundleError, ConfigError, ContractError, MissingDependencyError
-from edgedistill.noise import Bank
+from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
 from edgedistill.parity import (
     Agreement,
     ArtifactParity,
@@ -25,52 +22,11 @@ from edgedistill.parity import (
 )
 from edgedistill.pipeline import Pipeline
 from edgedistill.plugins import ALIASES, RUNTIMES, find
-from edgedistill.probes import load_probes
+from edgedistill.probes import Golden
 from edgedistill.sampler import Network, RowTrace, run_row, run_table
 from edgedistill.table import SamplerTable
 
 Progress = Callable[[Sequence[tuple[Bundle, Artifact]]], Iterable[tuple[Bundle, Artifact]]]
-
-
-@dataclass(frozen=True)
-class Golden:
-    """What the reference did from one noise bank.
-
-    Fields:
-        noise: The bank, float32 (batch, channels, height, width) each.
-        conditions: Network inputs by name, one entry per sample, guidance included.
-        rows: Per row ``state``, ``raw``, ``x0``, ``next``; no ``raw`` and ``x0`` where no network is called.
-        output: The finished samples.
-    """
-
-    noise: Bank
-    conditions: Mapping[str, np.ndarray]
-    rows: Sequence[Mapping[str, np.ndarray]]
-    output: np.ndarray
-
-    @classmethod
-    def load(cls, path: Path, table: SamplerTable) -> "Golden":
-        """Read the golden tensors of a table.
-
-        Raises:
-            BundleError: If the file is missing or damaged, or lacks a tensor that the table calls for.
-        """
-        held = load_probes(path)
-        try:
-            rows = [_numbered(held, f"row.{i}.", row.call) for i, row in enumerate(table.rows)]
-            noise = [held[f"noise.{k}"] for k in range(table.noise_count)]
-            return cls(noise, _under(held, "condition."), rows, held["output"])
-        except KeyError as error:
-            msg = f"{path}: no {error} there, which the sampler table calls for; export the bundle anew."
-            raise BundleError(msg) from error
-
-    def pairs(self) -> Iterator[tuple[str, int, int]]:
-        """Yield (condition, i, j) for samples of equal noise that differ in this one condition."""
-        for i, j in combinations(range(len(self.output)), 2):
-            if all(np.array_equal(bank[i], bank[j]) for bank in self.noise):
-                differing = [name for name, v in self.conditions.items() if v[i] != v[j]]
-                if len(differing) == 1:
-                    yield differing[0], i, j
 
 
 def verify(
@@ -256,14 +212,3 @@ def _sensitivity(golden: Golden, output: np.ndarray) -> dict[str, float]:
         name: response_gain(np.stack(wanted), np.stack(got))
         for name, (wanted, got) in changes.items()
     }
-
-
-def _under(held: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {name.removeprefix(prefix): v for name, v in held.items() if name.startswith(prefix)}
-
-
-def _numbered(
-    held: Mapping[str, np.ndarray], prefix: str, calls: Sequence[str]
-) -> dict[str, np.ndarray]:
-    needed = ("state", "raw", "x0", "next") if calls else ("state", "next")
-    return {name: held[prefix + name] for name in needed}

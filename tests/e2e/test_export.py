@@ -224,8 +224,11 @@ def test_a_spoilt_student_is_refused_and_the_old_bundle_stays(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["onnx", "-m", "STUDENT"], "Name the bundle once, as BUNDLE or with -o"),
-        (["onnx", "-m", "STUDENT", "B", "-o", "B"], "Name the bundle once"),
+        (["onnx", "-m", "STUDENT"], "Name the folder to write once, as BUNDLE or with -o; got 0"),
+        (
+            ["onnx", "-m", "STUDENT", "B", "-o", "B"],
+            "Name the folder to write once, as BUNDLE or with -o; got 2",
+        ),
         (["onnx", "B"], "required: -m"),
         (["tflite", "-m", "STUDENT", "B"], "invalid choice: 'tflite'"),
         (["onnx", "-m", "STUDENT", "B", "--dtype", "fp16"], "onnx is written in float32 only"),

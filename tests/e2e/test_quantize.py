@@ -104,6 +104,10 @@ def test_a_bundle_can_be_added_to_in_place(run, bundle, target):
         ("edgedistill.json", _tree(bundle.root)["edgedistill.json"])
     }
     assert kept <= _tree(target).items()
+    status, _, err = run("quantize", target, target, *WEIGHTS, "--overwrite")
+    assert status == 2
+    assert "cannot replace the bundle that it is made from; leave --overwrite out" in err
+    assert list(Bundle.open(target).artifacts) == list(added.artifacts)
 
 
 def test_another_student_is_replaced_only_when_told_to(run, bundle, target):
@@ -112,7 +116,7 @@ def test_another_student_is_replaced_only_when_told_to(run, bundle, target):
     status, _, err = run("quantize", bundle.root, target, *WEIGHTS)
     assert status == 2
     assert (
-        "holds another student (other); choose another folder, or replace it with --overwrite"
+        "holds a bundle of another student ('other'); choose another folder, or give --overwrite"
         in err
     )
     assert _tree(target) == before

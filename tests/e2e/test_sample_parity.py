@@ -74,7 +74,7 @@ def test_parity_table_names_every_artifact_once(run, handmade):
     assert status == 0
     assert lines[0] == "handmade, 4 samples from the same noise"
     assert [line.split()[0] for line in lines[2:5]] == ["artifact", "-" * 12, "fake-float32"]
-    assert lines[4].split()[1:6] == ["ok", "fake", "float32", "0.00", "inf"]
+    assert lines[4].split()[1:6] == ["ok", "fake", "float32", "0.000", "inf"]
 
 
 def test_an_error_in_one_row_is_named_with_its_row_and_floor(run, handmade, fake):

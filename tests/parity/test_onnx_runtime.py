@@ -123,6 +123,16 @@ def test_a_graph_that_strays_is_not_written(tmp_path):
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_it_is_tried_at_the_noisiest_timestep_and_at_more_than_one_of_everything(student):
+    """Float16 errs most there, and what is constant over the batch could hide a mixed-up input."""
+    signature = student.signatures["unet"]
+    for batch, timesteps in ((1, [999]), ("batch", [999, 0])):
+        _, t, labels, w = examples(signature.with_batch(batch))
+        assert t.tolist() == timesteps
+        assert labels.tolist() == [0, 1][: len(t)]
+        assert w.tolist() == [0.5, 1.5][: len(t)]
+
+
 def test_the_check_measures_decibels():
     frozen = Frozen(nn.Identity(), TINY)
     frozen.forward = lambda *inputs: inputs[0]

@@ -53,13 +53,13 @@ def _parsed(*words: str) -> argparse.Namespace:
     ("words", "config"),
     [
         (["--weight-format", "int8"], WeightOnlyConfig("int8")),
-        (["--weight_format", "palette4"], WeightOnlyConfig("palette4")),
+        (["--weight-format", "palette4"], WeightOnlyConfig("palette4")),
         (["--quantize-nbits", "8"], WeightOnlyConfig("int8")),
-        (["--quantize_nbits", "6"], WeightOnlyConfig("palette6")),
+        (["--quantize-nbits", "6"], WeightOnlyConfig("palette6")),
         (["--quant-mode", "int8"], PtqConfig()),
-        (["--act_precision", "int8", "--num-samples", "9"], PtqConfig(subset_size=9)),
+        (["--act-precision", "int8", "--num-samples", "9"], PtqConfig(subset_size=9)),
         (
-            ["--quant_mode", "int8", "--ignored-scope", "a", "b", "--smooth_quant_alpha", "0.5"],
+            ["--quant-mode", "int8", "--ignored-scope", "a", "b", "--smooth-quant-alpha", "0.5"],
             PtqConfig(ignored_scope=("a", "b"), smooth_quant_alpha=0.5),
         ),
     ],
@@ -82,11 +82,6 @@ def test_command_line_makes_the_settings(words, config):
 def test_command_line_that_contradicts_itself_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         command._config(_parsed(*words))
-
-
-def test_target_is_named_once():
-    with pytest.raises(ConfigError, match="got 2"):
-        command._target(_parsed("-o", "elsewhere"))
 
 
 def test_help_loads_nothing_heavy():
