@@ -118,6 +118,16 @@ def written_aside(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a place aside for a file and the weights that lie beside it; on success all move to `path`'s folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        for part in sorted(Path(folder).iterdir()):
+            part.replace(path.parent / part.name)
+
+
+@contextlib.contextmanager
 def _clear_refusal(target: Path) -> Iterator[None]:
     """Say what to do where writing `target` fails; failures to read other files pass through."""
     hidden = str(target.parent / f".{target.name}.")

@@ -1,15 +1,13 @@
-"""How near an answer is to its reference: the measures, the one table of floors, and the report."""
+"""Parity of artifacts with their reference: the one table of floors, and the report."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edgedistill.errors import ConfigError, ContractError
-
-DB_LIMIT = 999.0
+from edgedistill.agreement import Agreement
+from edgedistill.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Floor:
         raw: dB SNR of each row's raw prediction, teacher-forced: the network alone.
         free: dB SNR of each row's state, free-running: errors have piled up.
         image: dB SNR of the finished samples.
-        sensitivity: Largest distance from 1 of the gain (see `response_gain`) for every condition.
+        sensitivity: Largest distance from 1 of the gain (see `edgedistill.agreement.response_gain`) for every condition.
         reason: Why these numbers.
     """
 
@@ -91,92 +89,6 @@ def floor_of(precision: str) -> Floor:
         msg = f"No parity floor for precision {precision!r}; there is one for: {', '.join(FLOORS)}."
         raise ConfigError(msg)
     return FLOORS[precision]
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """An answer beside its reference.
-
-    Fields:
-        snr_db: See `snr_db`; infinite for equal bits.
-        max_abs: Largest absolute difference, in the tensor's own unit.
-        cosine: See `cosine`.
-        psnr_db: See `psnr_db`; None for what is not an image.
-    """
-
-    snr_db: float
-    max_abs: float
-    cosine: float
-    psnr_db: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data; 999 stands for infinite dB."""
-        data = {name: value for name, value in asdict(self).items() if value is not None}
-        return {k: _finite_db(v) if k.endswith("_db") else v for k, v in data.items()}
-
-
-def compare(reference: np.ndarray, got: np.ndarray, peak: float | None = None) -> Agreement:
-    """Compare an answer with its reference.
-
-    Args:
-        reference: Any shape.
-        got: The same shape.
-        peak: Width of the value range, for images (2.0 for [-1, 1]); None: no PSNR.
-
-    Raises:
-        ContractError: If the shapes differ or a value is not finite.
-    """
-    reference, got = np.asarray(reference, np.float64), np.asarray(got, np.float64)
-    if reference.shape != got.shape:
-        msg = f"Reference and answer must have one shape, got {reference.shape} and {got.shape}."
-        raise ContractError(msg)
-    if not (np.isfinite(reference).all() and np.isfinite(got).all()):
-        msg = "Reference or answer holds NaN or infinity."
-        raise ContractError(msg)
-    return Agreement(
-        snr_db(reference, got),
-        float(np.abs(reference - got).max()),
-        cosine(reference, got),
-        None if peak is None else psnr_db(reference, got, peak),
-    )
-
-
-def snr_db(reference: np.ndarray, got: np.ndarray) -> float:
-    """Return 20 log10(norm(reference) / norm(reference - got)); infinite for equal arrays."""
-    return _decibel(_norm(reference), _norm(np.subtract(reference, got, dtype=np.float64)))
-
-
-def psnr_db(reference: np.ndarray, got: np.ndarray, peak: float) -> float:
-    """Return 20 log10(peak / rmse), where `peak` is the width of the value range."""
-    rmse = _norm(np.subtract(reference, got, dtype=np.float64)) / math.sqrt(np.size(reference))
-    return _decibel(peak, rmse)
-
-
-def cosine(reference: np.ndarray, got: np.ndarray) -> float:
-    """Return the cosine of the angle between two arrays seen as vectors; 0 where one is zero."""
-    a, b = np.ravel(reference).astype(np.float64), np.ravel(got).astype(np.float64)
-    lengths = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / lengths) if lengths else 0.0
-
-
-def response_gain(reference: np.ndarray, got: np.ndarray) -> float:
-    """Return by how much a response is scaled against the reference's: 1 the same, 0 no response.
-
-    The least-squares factor k of ``got = k * reference + error``. Noise that has nothing to do with the
-    response, such as quantization's, does not move it, where the ratio of norms would grow.
-
-    Args:
-        reference: Change of the reference's output when a condition changes.
-        got: Change of the output in question for the same change.
-
-    Raises:
-        ContractError: If the reference does not respond at all.
-    """
-    a, b = np.ravel(reference).astype(np.float64), np.ravel(got).astype(np.float64)
-    if not a.any():
-        msg = "The reference's output does not depend on this condition, so no gain can be given."
-        raise ContractError(msg)
-    return float(a @ b / (a @ a))
 
 
 @dataclass(frozen=True)
@@ -359,17 +271,3 @@ class ParityReport:
             "floors": {name: asdict(floor_of(name)) for name in self.precisions},
             "environment": dict(self.environment),
         }
-
-
-def _norm(values: np.ndarray) -> float:
-    return float(np.linalg.norm(np.ravel(values).astype(np.float64)))
-
-
-def _decibel(signal: float, error: float) -> float:
-    if error == 0:
-        return math.inf
-    return 20 * math.log10(signal / error) if signal > 0 else -math.inf
-
-
-def _finite_db(value: float) -> float:
-    return min(max(value, -DB_LIMIT), DB_LIMIT)

@@ -96,6 +96,8 @@ def renoise_row(
 ) -> Row:
     """Build the step t -> s that keeps x0 alone and noises it afresh: ``alpha_s*x0 + sigma_s*noise``.
 
+    Consistency models take their steps like this (Song et al. 2023, arXiv:2303.01469, algorithm 1).
+
     Raises:
         ConfigError: If the prediction leaves x0 undefined at t.
     """

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from edgedistill.agreement import compare, finite_db
 from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import CheckFailedError
 from edgedistill.models import store
 from edgedistill.network import Session
-from edgedistill.parity import compare
 
 LAST_TIMESTEP = 999.0
 FREE_BATCH_EXAMPLE = 2
@@ -82,4 +82,4 @@ def check_against(frozen: Frozen, session: Session, floor: float, what: str) -> 
     if agreement.snr_db < floor:
         msg = f"{what}: {agreement.snr_db:.1f} dB SNR against PyTorch, at least {floor:.0f} dB is required; it was not written."
         raise CheckFailedError(msg)
-    return float(agreement.to_json()["snr_db"])
+    return finite_db(agreement.snr_db)

@@ -15,6 +15,7 @@ from torch import nn
 from edgedistill import plugins
 from edgedistill.contract import BATCH, Signature
 from edgedistill.errors import CheckFailedError, require
+from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 
 from .frozen import Frozen, check_against, examples
@@ -53,19 +54,16 @@ def write_onnx(
     opset = opset or (DYNAMO_OPSET if dynamo else OPSET)
     runtime = plugins.find(plugins.RUNTIMES, "onnxruntime")
     frozen = Frozen(network, signature)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with written_beside(path) as made:
         trace_onnx(frozen, made, opset=opset, dynamo=dynamo)
         try:
             onnx.checker.check_model(made, full_check=True)
-        except onnx.checker.ValidationError as error:
-            msg = f"{path.name}: not valid ONNX ({str(error).strip()}); it was not written."
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            reason = " ".join(str(error).split())
+            msg = f"{path.name}: not valid ONNX ({reason}); it was not written."
             raise CheckFailedError(msg) from error
         session = runtime.open(made, signature, {})
         snr_db = check_against(frozen, session, floor_of("float32").raw, path.name)
-        for part in sorted(Path(folder).iterdir()):
-            part.replace(path.parent / part.name)
     return {
         "exporter": "torch.onnx dynamo" if dynamo else "torch.onnx TorchScript",
         "opset": opset,

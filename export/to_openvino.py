@@ -15,6 +15,7 @@ from torch import nn
 from edgedistill import plugins
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError, ConfigError
+from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
@@ -52,10 +53,8 @@ def write_openvino(
     ov = require_silent("openvino", "openvino")
     runtime = plugins.find(plugins.RUNTIMES, "openvino")
     frozen = Frozen(network, signature)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".openvino-", dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        model = _convert(ov, frozen, Path(folder))
+    with written_beside(path) as made:
+        model = _convert(ov, frozen, made.parent)
         if precision == "float16":
             _halve_weights(ov, model)
         try:
@@ -65,8 +64,6 @@ def write_openvino(
             raise BundleError(msg) from error
         session = runtime.open(made, signature, {})
         snr_db = check_against(frozen, session, floor_of(precision).raw, path.name)
-        for part in sorted(Path(folder).iterdir()):
-            part.replace(path.parent / part.name)
     return {
         "converter": "openvino.convert_model from ONNX",
         "torch": torch.__version__,

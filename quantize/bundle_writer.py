@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from edgedistill import plugins
+from edgedistill.agreement import compare, finite_db
 from edgedistill.bundle import (
     GOLDEN,
     REFERENCE,
@@ -22,7 +21,6 @@ from edgedistill.bundle import (
 from edgedistill.contract import Feeds
 from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
-from edgedistill.parity import compare
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import Golden
 from edgedistill.sampler import Network, run_table
@@ -233,4 +231,4 @@ def _decibels(network: CheckedNetwork, calls: Sequence[Call]) -> Iterator[float]
     for feeds, wanted in calls:
         got = network(feeds)
         for name, value in wanted.items():
-            yield float(compare(np.asarray(value), got[name]).to_json()["snr_db"])
+            yield finite_db(compare(value, got[name]).snr_db)

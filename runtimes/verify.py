@@ -8,18 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.agreement import Agreement, compare, response_gain
 from edgedistill.bundle import GOLDEN, Artifact, Bundle
 from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
-from edgedistill.parity import (
-    Agreement,
-    ArtifactParity,
-    ParityReport,
-    RowParity,
-    compare,
-    floor_of,
-    response_gain,
-)
+from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
 from edgedistill.pipeline import Pipeline
 from edgedistill.plugins import ALIASES, RUNTIMES, find
 from edgedistill.probes import Golden

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
 from edgedistill.contract import Feeds
-from edgedistill.parity import snr_db
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import load_probes
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import edgedistill
+from edgedistill.agreement import snr_db
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, CheckFailedError, ConfigError
 from edgedistill.models import store
-from edgedistill.parity import snr_db
 from export import to_onnx
 from export.frozen import Frozen, check_against, examples
 from runtimes import ort
@@ -121,6 +121,17 @@ def test_a_graph_that_strays_is_not_written(tmp_path):
     with pytest.raises(CheckFailedError, match=r"unet\.onnx: \d\d\.\d dB SNR .* at least 100 dB"):
         to_onnx.write_onnx(Moody(), TINY, path)
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_what_is_not_onnx_is_not_written(network, student, tmp_path, monkeypatch):
+    def trace(_frozen, path, **_options):
+        node = onnx.helper.make_node("NoSuchOp", ["sample"], ["out_sample"])
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "x", [], [])), path)
+
+    monkeypatch.setattr(to_onnx, "trace_onnx", trace)
+    with pytest.raises(CheckFailedError, match=r"unet\.onnx: not valid ONNX \(.*NoSuchOp .*it was not"):
+        to_onnx.write_onnx(network, student.signatures["unet"], tmp_path / "unet.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_is_tried_at_the_noisiest_timestep_and_at_more_than_one_of_everything(student):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import edgedistill
+from edgedistill.agreement import snr_db
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
-from edgedistill.parity import snr_db
 from export.frozen import Frozen, examples
 from export.to_openvino import write_openvino
 from runtimes import ov

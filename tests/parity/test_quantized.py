@@ -7,9 +7,9 @@ import numpy as np
 import onnx
 import pytest
 
+from edgedistill.agreement import compare
 from edgedistill.bundle import CALIBRATION, Bundle
 from edgedistill.noise import noise_bank
-from edgedistill.parity import compare
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import load_probes
 from edgedistill.sampler import run_row
@@ -79,6 +79,15 @@ def test_default_scope_keeps_first_and_last_layers_in_float(smaller, name):
     assert counts["int8-weights"]["float_weights"] == 0
     # conv_in, conv_out, and the three matrices of the time embedding.
     assert counts["int8"]["float_weights"] == 5
+
+
+def test_activations_have_a_zero_point_of_their_own(smaller):
+    """SiLU gives far more on the one side of zero than on the other."""
+    graph = onnx.load(smaller.root / "onnx/int8/unet.onnx").graph
+    held = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
+    points = [held[n.input[2]].item() for n in graph.node if n.op_type == "QuantizeLinear"]
+    assert len(points) > 20
+    assert sum(point < -100 for point in points) > len(points) / 2
 
 
 def test_scales_have_the_one_dimension_that_onnx_asks_for(smaller):

@@ -4,20 +4,9 @@ import math
 import numpy as np
 import pytest
 
+from edgedistill.agreement import Agreement, compare, cosine, psnr_db, response_gain, snr_db
 from edgedistill.errors import ConfigError, ContractError
-from edgedistill.parity import (
-    FLOORS,
-    Agreement,
-    ArtifactParity,
-    ParityReport,
-    RowParity,
-    compare,
-    cosine,
-    floor_of,
-    psnr_db,
-    response_gain,
-    snr_db,
-)
+from edgedistill.parity import FLOORS, ArtifactParity, ParityReport, RowParity, floor_of
 
 RANDOM = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
 EXACT = Agreement(math.inf, 0.0, 1.0)
