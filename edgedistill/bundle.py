@@ -12,7 +12,7 @@ from typing import Any
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
 from edgedistill.files import inside, read_json, sha256, write_json, written_aside
-from edgedistill.table import SamplerTable, check_version
+from edgedistill.table import SPEC_VERSION, SamplerTable, check_version
 
 MANIFEST = "edgedistill.json"
 FORMAT = "edgedistill-bundle"
@@ -107,9 +107,14 @@ class Bundle:
         root = Path(root)
         data = _read_manifest(root)
         try:
+            held = data["artifacts"]
+            paths = [net["path"] for item in held.values() for net in item["networks"].values()]
+            # What is unsafe or too new is called that, before any hash says that it was changed.
+            for path in (*data["files"], *paths):
+                inside(root, path)
+            _refuse_newer_table(root / TABLE)
+            _check_seal(root / MANIFEST, data)
             _verify(root, data["files"])
-            artifacts = {k: Artifact.from_json(k, v) for k, v in data["artifacts"].items()}
-            paths = [net.path for item in artifacts.values() for net in item.networks.values()]
             for path in (TABLE, *paths):
                 _refuse_unlisted(root, path, data["files"])
             return cls(
@@ -117,7 +122,7 @@ class Bundle:
                 data["name"],
                 data["fingerprint"],
                 SamplerTable.load(root / TABLE),
-                artifacts,
+                {name: Artifact.from_json(name, item) for name, item in held.items()},
                 data["provenance"],
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -268,10 +273,22 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         msg = f"{source}: not an edgedistill manifest; make the bundle anew with `edgedistill export`."
         raise BundleError(msg)
     check_version(data.get("schema_version"), SCHEMA_VERSION, str(source))
+    return data
+
+
+def _refuse_newer_table(path: Path) -> None:
+    try:
+        table = read_json(path)
+    except BundleError:
+        return  # missing or damaged: its hash will tell
+    if isinstance(table, dict) and "spec_version" in table:
+        check_version(table["spec_version"], SPEC_VERSION, str(path))
+
+
+def _check_seal(source: Path, data: Mapping[str, Any]) -> None:
     if data.get("seal") != seal(data):
         msg = f"{source}: damaged: its contents do not fit its seal; get the bundle anew."
         raise BundleError(msg)
-    return data
 
 
 def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -286,7 +303,6 @@ def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
-    inside(root, path)
     if not any(name == path or name.startswith(path.rstrip("/") + "/") for name in files):
         msg = f"{root / path}: used by the bundle, but its manifest holds no hash of it; get the bundle anew."
         raise BundleError(msg)

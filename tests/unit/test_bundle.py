@@ -222,6 +222,20 @@ def test_the_table_of_a_newer_version_is_refused(small):
         Bundle.open(small.root)
 
 
+def test_newer_and_unsafe_are_called_that_by_whoever_only_edits_the_file(small):
+    manifest, table = small.root / MANIFEST, small.root / "sampler.json"
+    whole = table.read_text()
+    table.write_text(whole.replace('"spec_version": "1.0"', '"spec_version": "3.1"'))
+    with pytest.raises(BundleError, match=r"sampler\.json: version 3\.1 is newer"):
+        Bundle.open(small.root)
+    table.write_text(whole)
+    data = json.loads(manifest.read_text())
+    next(iter(data["artifacts"].values()))["networks"]["unet"]["path"] = "../elsewhere.onnx"
+    manifest.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"names '\.\./elsewhere\.onnx', which lies outside"):
+        Bundle.open(small.root)
+
+
 def test_numbers_of_the_table_come_back_to_the_bit(tmp_path):
     row = Row(("unet",), x0=(1 / 3, np.nextafter(1.0, 2.0).item()))
     table = SamplerTable((Stage((1, 2, 2), (row,)),), noise_count=1)
