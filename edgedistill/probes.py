@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgedistill.conditions import network_conditions
+from edgedistill.contract import Feeds
 from edgedistill.errors import BundleError
 from edgedistill.files import write_bytes
 from edgedistill.network import CheckedNetwork
@@ -18,6 +19,7 @@ from edgedistill.sampler import Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 
 Probes = dict[str, np.ndarray]
+Call = tuple[Feeds, Feeds]  # what a network is fed, and what it answers
 GOLDEN_SAMPLES = 8
 
 
@@ -166,19 +168,34 @@ def record_calibration(
     Returns:
         ``{network}.{input}``: (calls * len(seeds), ...) in the order of the calls, dtypes as fed.
     """
-    fed: dict[str, list[np.ndarray]] = {}
+    calls = record_calls(table, networks, noise_bank(table, seeds), conditions)
+    return {
+        f"{network}.{name}": np.concatenate([feeds[name] for feeds, _ in made])
+        for network, made in calls.items()
+        for name in made[0][0]
+    }
 
-    def tapped(network: CheckedNetwork) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+
+def record_calls(
+    table: SamplerTable,
+    networks: Mapping[str, CheckedNetwork],
+    noise: Bank,
+    conditions: Feeds,
+) -> dict[str, list[Call]]:
+    """Run a table and keep what each network that it calls is fed and answers, call after call."""
+    calls: dict[str, list[Call]] = {}
+
+    def tapped(name: str, network: CheckedNetwork) -> Network:
         def call(given: Mapping[str, Any]) -> Mapping[str, Any]:
-            for name, value in network.feeds(given).items():
-                fed.setdefault(f"{network.name}.{name}", []).append(value)
-            return network(given)
+            outputs = network(given)
+            calls.setdefault(name, []).append((network.feeds(given), outputs))
+            return outputs
 
         return call
 
-    taps = {name: tapped(network) for name, network in networks.items()}
-    run_table(table, taps, noise_bank(table, seeds), conditions)
-    return {name: np.concatenate(values) for name, values in fed.items()}
+    taps = {name: tapped(name, network) for name, network in networks.items()}
+    run_table(table, taps, noise, conditions)
+    return calls
 
 
 def save_probes(probes: Mapping[str, np.ndarray], path: Path) -> None:

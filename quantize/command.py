@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     target = target_of(options, "SMALLER")
     from edgedistill.bundle import Bundle
 
-    from .bundle_writer import plan, quantize_bundle
+    from .assemble import plan, quantize_bundle
 
     config = _config(options)
     only = [name for name in (options.only or "").split(",") if name]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgedistill.bundle import CALIBRATION, Bundle, write_bundle, write_manifest
-from quantize import bundle_writer
+from quantize import assemble
 
 WEIGHTS = ("--weight-format", "int8", "--only", "onnx")
 
@@ -69,7 +69,7 @@ def test_a_clean_process_prints_json_alone_and_reports_to_nobody(bundle, target,
 
 
 def test_an_answer_too_far_off_is_status_1_and_writes_nothing(run, bundle, target, monkeypatch):
-    monkeypatch.setattr(bundle_writer, "LEAST_DB", 200.0)
+    monkeypatch.setattr(assemble, "LEAST_DB", 200.0)
     status, out, err = run("quantize", bundle.root, target, *WEIGHTS)
     assert (status, out) == (1, "")
     assert "onnx-int8-weights, network `unet`: " in err
@@ -128,8 +128,8 @@ def test_a_kill_leaves_the_old_bundle_and_the_next_run_cleans_up(run, bundle, ta
     _copy(bundle, target)
     before = _tree(target)
     code = (
-        "import os, signal, sys; from edgedistill.cli import main; from quantize import bundle_writer\n"
-        "bundle_writer._worst_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import os, signal, sys; from edgedistill.cli import main; from quantize import assemble\n"
+        "assemble._worst_db = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])"
     )
     words = ["quantize", bundle.root, target, *WEIGHTS]

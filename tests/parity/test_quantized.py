@@ -14,7 +14,7 @@ from edgedistill.pipeline import Pipeline
 from edgedistill.probes import load_probes
 from edgedistill.sampler import run_row
 from export.assemble import CALIBRATION_SEEDS
-from quantize.bundle_writer import quantize_bundle
+from quantize.assemble import quantize_bundle
 from quantize.config import PtqConfig, WeightOnlyConfig
 
 # From 8 calibration samples on, more of them do not move the dB.

@@ -14,7 +14,7 @@ from edgedistill.errors import BundleError, ConfigError
 from edgedistill.probes import save_probes
 from edgedistill.table import Next, Row, SamplerTable, Stage
 from quantize import command
-from quantize.bundle_writer import plan
+from quantize.assemble import plan
 from quantize.calibration import calibration_batches
 from quantize.config import PtqConfig, WeightOnlyConfig
 

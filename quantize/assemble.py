@@ -18,12 +18,10 @@ from edgedistill.bundle import (
     start_from,
     write_bundle,
 )
-from edgedistill.contract import Feeds
 from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.pipeline import Pipeline
-from edgedistill.probes import Golden
-from edgedistill.sampler import Network, run_table
+from edgedistill.probes import Call, Golden, record_calls
 
 from .calibration import calibration_batches
 from .config import FORMATS, WAYS, Config, PtqConfig
@@ -31,7 +29,6 @@ from .with_nncf import Progress, compress_nncf
 
 LEAST_DB = 10.0
 _SOURCES = {"coreml": ("float16", "float32")}
-Call = tuple[Feeds, Feeds]
 
 
 @dataclass(frozen=True)
@@ -195,19 +192,7 @@ def _held_out_calls(bundle: Bundle, source: Artifact) -> dict[str, list[Call]]:
     golden = Golden.load(bundle.root / GOLDEN, bundle.table)
     noise = [array[:1] for array in golden.noise]
     conditions = {name: value[:1] for name, value in golden.conditions.items()}
-    calls: dict[str, list[Call]] = {}
-
-    def tapped(network: CheckedNetwork) -> Network:
-        def call(given: Mapping[str, Any]) -> Mapping[str, Any]:
-            outputs = network(given)
-            calls.setdefault(network.name, []).append((network.feeds(given), outputs))
-            return outputs
-
-        return call
-
-    networks = Pipeline(bundle, source).networks
-    run_table(bundle.table, {k: tapped(v) for k, v in networks.items()}, noise, conditions)
-    return calls
+    return record_calls(bundle.table, Pipeline(bundle, source).networks, noise, conditions)
 
 
 def _worst_db(job: Job, network: CheckedNetwork, calls: Sequence[Call]) -> float:
