@@ -129,7 +129,9 @@ def test_what_is_not_onnx_is_not_written(network, student, tmp_path, monkeypatch
         onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "x", [], [])), path)
 
     monkeypatch.setattr(to_onnx, "trace_onnx", trace)
-    with pytest.raises(CheckFailedError, match=r"unet\.onnx: not valid ONNX \(.*NoSuchOp .*it was not"):
+    with pytest.raises(
+        CheckFailedError, match=r"unet\.onnx: not valid ONNX \(.*NoSuchOp .*it was not"
+    ):
         to_onnx.write_onnx(network, student.signatures["unet"], tmp_path / "unet.onnx")
     assert list(tmp_path.iterdir()) == []
 
