@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgedistill.errors import ContractError
-from edgedistill.table import CARRIES, Row, SamplerTable, Stage
+from edgedistill.table import Row, SamplerTable, Stage
 
 Array = Any  # numpy.ndarray or torch.Tensor: whatever has arithmetic, `clip` and `reshape`
 Network = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -149,9 +149,9 @@ def _as(raw: Array, z: Array) -> Array:
 def _resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
     """Change height and width by a whole factor: nearest-neighbour up, or the mean of areas down."""
     batch, channels, height, width = z.shape
-    if how == CARRIES[0]:
+    if how == "identity":
         return z
-    if how == CARRIES[1]:
+    if how == "up_nearest":
         rows = [item // (shape[1] // height) for item in range(shape[1])]
         columns = [item // (shape[2] // width) for item in range(shape[2])]
         return z[:, :, rows][:, :, :, columns]
