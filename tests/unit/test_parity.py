@@ -62,15 +62,16 @@ def test_the_floor_itself_passes():
 def test_samples_and_sensitivity_fail_by_themselves():
     floor = floor_of("int8").image
     artifact = _artifact(
-        "int8", image=_agreement(floor - 0.1), sensitivity={"class": 0.05, "w": 1.0}
+        "int8", image=_agreement(floor - 0.1), sensitivity={"class": 0.05, "w": 1.0, "t": 1.3}
     )
-    first, second = artifact.failures
+    first, second, third = artifact.failures
     assert (
         f"{floor - 0.1:.1f} dB SNR of the samples against the reference, at least {floor:.1f} dB"
         in first
     )
     assert "a change of `class` moves the samples 0.050 times as far" in second
     assert "0.800 to 1.200 is required" in second
+    assert "a change of `t` moves the samples 1.300 times as far" in third
 
 
 def test_rows_without_a_network_count_free_running_only():

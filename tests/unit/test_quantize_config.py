@@ -13,7 +13,8 @@ from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.probes import save_probes
 from edgedistill.table import Next, Row, SamplerTable, Stage
-from quantize import command
+from edgedistill.telemetry import require_silent
+from quantize import command, with_nncf
 from quantize.assemble import plan
 from quantize.calibration import calibration_batches
 from quantize.config import PtqConfig, WeightOnlyConfig
@@ -82,6 +83,25 @@ def test_command_line_makes_the_settings(words, config):
 def test_command_line_that_contradicts_itself_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         command._config(_parsed(*words))
+
+
+@pytest.mark.parametrize(
+    ("config", "smooth", "corrects"),
+    [
+        (PtqConfig(), -1, False),
+        (PtqConfig(smooth_quant_alpha=0.7, fast_bias_correction=True), 0.7, True),
+    ],
+)
+def test_settings_reach_nncf(monkeypatch, config, smooth, corrects):
+    nncf = require_silent("nncf", "quantize")
+    seen = {}
+    monkeypatch.setattr(nncf, "quantize", lambda *_, **given: seen.update(given))
+    batches = with_nncf._Passes([{}] * 3, lambda items, _: items)
+    with_nncf._quantize(nncf, None, config, batches)
+    advanced = seen["advanced_parameters"]
+    assert seen["subset_size"] == 3
+    assert advanced.smooth_quant_alphas.matmul == smooth
+    assert advanced.disable_bias_correction != corrects
 
 
 def test_help_loads_nothing_heavy():

@@ -4,7 +4,7 @@ import numpy as np
 
 from edgedistill.compiler import compile_scheduler
 from edgedistill.probes import Golden, record_golden, save_probes
-from runtimes.verify import _teacher_forced
+from runtimes.verify import _teacher_forced, _Timed
 
 TABLE = compile_scheduler({"_class_name": "DPMSolverMultistepScheduler"}, 5, shape=(1, 4, 4))
 
@@ -38,3 +38,12 @@ def test_a_pair_has_equal_noise_and_differs_in_one_condition():
     conditions = {"class_labels": np.array([0, 1, 1, 2]), "w": np.array([1.0, 1.0, 2.0, 1.0])}
     golden = Golden(noise, conditions, (), np.zeros(4))
     assert list(golden.pairs()) == [("class_labels", 0, 1), ("w", 1, 2)]
+
+
+def test_the_first_call_warms_up_and_is_not_timed():
+    network = _Timed(predict)
+    for _ in range(3):
+        network({"sample": np.zeros(1)})
+    assert len(network.seconds) == 3
+    network.seconds = [9.0, 1.0, 3.0]
+    assert network.median_ms == 2000
