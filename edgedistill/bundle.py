@@ -215,7 +215,8 @@ def write_bundle(
     Raises:
         BundleError: If `target` is something else than a bundle, or cannot be written.
     """
-    if not (target / MANIFEST).is_file() and target.exists() and any(target.iterdir()):
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not (target / MANIFEST).is_file():
         msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
         raise BundleError(msg)
     kept = {name: base.artifacts[name] for name in keep}

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ _FULL = {
     errno.EROFS: "choose a folder that can be written",
 }
 _REFUSED = {
-    errno.EACCES: "choose a folder that you may write",
-    errno.EPERM: "choose a folder that you may write",
+    errno.EACCES: "ask for the right to it or choose another place",
+    errno.EPERM: "ask for the right to it or choose another place",
     errno.EISDIR: "a folder is in the way; choose another name",
     errno.EEXIST: "a part of the path is a file; choose another place",
     errno.ENOTDIR: "a part of the path is a file; choose another place",
@@ -44,7 +45,8 @@ def inside(root: Path, relative: str) -> Path:
     """
     pure = PurePosixPath(relative)
     bad = not relative or pure.is_absolute() or ".." in pure.parts or set("\\\0") & set(relative)
-    if bad or not (root / relative).resolve().is_relative_to(root.resolve()):
+    # Path.resolve would raise RuntimeError where links go round in a circle.
+    if bad or not Path(os.path.realpath(root / relative)).is_relative_to(os.path.realpath(root)):
         msg = f"{root}: the manifest names {relative!r}, which lies outside of the folder; refuse it and get the folder anew."
         raise BundleError(msg)
     return root / relative
@@ -80,7 +82,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     path = path.absolute()
     with _clear_refusal(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        _sweep(path)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as stream:
                 stream.write(data)
@@ -107,8 +110,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     with _clear_refusal(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
-        prefix = f".{target.name}.aside-{os.getpid()}-"
-        aside = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        aside = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
         aside.chmod(0o755)
         try:
             yield aside
@@ -134,13 +136,42 @@ def _clear_refusal(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place, number = str(error.filename or target), error.errno or 0
+        place, number = str(error.filename or target), _number(error)
         is_ours = target.is_relative_to(place) or place.startswith(hidden)
-        way_out = _FULL.get(number) or (_REFUSED.get(number) if is_ours else None)
-        if way_out is None:
+        if not (number in _FULL or (number in _REFUSED and is_ours)):
             raise
-        msg = f"{target}: cannot be written ({os.strerror(number)}); {way_out}. What was there is untouched."
+        msg = f"{target}: cannot be written ({os.strerror(number)}); {way_out(error)}. What was there is untouched."
         raise BundleError(msg) from error
+
+
+def way_out(error: OSError) -> str | None:
+    """Return what a user can do about an answer of the system, or None where nothing general can be said."""
+    return {**_FULL, **_REFUSED}.get(_number(error))
+
+
+def _number(error: OSError) -> int:
+    """Return the system's number of an error; `shutil.copytree` gives it in words only."""
+    in_words = re.search(r"\[Errno (\d+)\]", str(error))
+    return error.errno or (int(in_words[1]) if in_words else 0)
+
+
+@contextlib.contextmanager
+def native_writer(library: str, path: Path) -> Iterator[None]:
+    """Be clear where a native library cannot write: RuntimeError is all that they tell of a full disk.
+
+    Raises:
+        BundleError: If the library raises RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        msg = f"{path.name}: {library} could not write it ({error}); make room there or choose another place."
+        raise BundleError(msg) from error
+
+
+def _prefix(target: Path) -> str:
+    """Return how names aside begin: hidden, and telling whose they are and who writes them."""
+    return f".{target.name}.aside-{os.getpid()}-"
 
 
 def _sweep(target: Path) -> None:
@@ -150,6 +181,8 @@ def _sweep(target: Path) -> None:
             continue
         if stale.name.endswith(_OLD) and not target.exists():
             stale.rename(target)
+        elif stale.is_file():
+            stale.unlink(missing_ok=True)
         else:
             shutil.rmtree(stale, ignore_errors=True)
 

@@ -14,8 +14,8 @@ from torch import nn
 
 from edgedistill import plugins
 from edgedistill.contract import Signature
-from edgedistill.errors import BundleError, ConfigError
-from edgedistill.files import written_beside
+from edgedistill.errors import ConfigError
+from edgedistill.files import native_writer, written_beside
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
@@ -57,11 +57,8 @@ def write_openvino(
         model = _convert(ov, frozen, made.parent)
         if precision == "float16":
             _halve_weights(ov, model)
-        try:
+        with native_writer("OpenVINO", path):
             ov.save_model(model, made, compress_to_fp16=False)
-        except RuntimeError as error:  # all that OpenVINO tells of a full disk
-            msg = f"{path.name}: OpenVINO could not write it ({error}); make room there or choose another place."
-            raise BundleError(msg) from error
         session = runtime.open(made, signature, {})
         snr_db = check_against(frozen, session, floor_of(precision).raw, path.name)
     return {

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from edgedistill.files import native_writer
 from edgedistill.telemetry import require_silent
 
 _WEIGHTED = {
@@ -24,7 +25,8 @@ def read(path: Path) -> Any:
 def write(model: Any, path: Path) -> tuple[int, int]:
     """Write a model, float weights as they are; return how many weights are integers and how many are not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    require_silent("openvino", "openvino").save_model(model, path, compress_to_fp16=False)
+    with native_writer("OpenVINO", path):
+        require_silent("openvino", "openvino").save_model(model, path, compress_to_fp16=False)
     types = [
         _weight_type(op, _WEIGHTED[op.get_type_name()])
         for op in model.get_ops()

@@ -195,6 +195,10 @@ def test_what_is_no_bundle_is_not_replaced(small, tmp_path):
     with pytest.raises(BundleError, match="exists and is not a bundle"):
         write_bundle(tmp_path / "home", small, fill)
     assert snapshot(tmp_path / "home") == {"thesis.tex": b"years of work"}
+    (tmp_path / "note").write_text("a file")
+    with pytest.raises(BundleError, match="note: exists and is not a bundle"):
+        write_bundle(tmp_path / "note", small, fill)
+    assert (tmp_path / "note").read_text() == "a file"
     (tmp_path / "empty").mkdir()
     assert write_bundle(tmp_path / "empty", small, fill).name == "small"
 

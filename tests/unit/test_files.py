@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,45 @@ def test_a_full_or_read_only_disk_leaves_the_old_folder(tmp_path, number):
         fail()
     assert names(target) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_a_disk_that_is_full_for_a_copied_folder_is_one_sentence(tmp_path):
+    """`shutil.copytree` gathers what went wrong as words, without numbers."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "x").touch()
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    with (
+        pytest.raises(
+            BundleError, match=r"out: cannot be written \(No space left on device\); free"
+        ),
+        files.written_aside(tmp_path / "out") as aside,
+    ):
+        shutil.copytree(tmp_path / "source", aside / "copy", copy_function=full)
+    assert names(tmp_path) == ["source"]
+
+
+def test_a_native_writer_that_fails_is_named():
+    failure = RuntimeError("iostream error")
+    message = r"unet\.xml: OpenVINO could not write it \(iostream error\); make room there"
+    with (
+        pytest.raises(BundleError, match=message),
+        files.native_writer("OpenVINO", Path("unet.xml")),
+    ):
+        raise failure
+
+
+def test_links_in_a_circle_are_no_way_out_and_no_crash(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert not files.inside(tmp_path, "loop").is_file()
+
+
+def test_what_a_killed_writer_of_a_file_left_is_swept(tmp_path):
+    (tmp_path / f".x.json.aside-{2**22 + 1}-abc").write_text("half")
+    files.write_json(tmp_path / "x.json", {})
+    assert names(tmp_path) == ["x.json"]
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
