@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from edgedistill import __version__, plugins
-from edgedistill.errors import ConfigError, EdgeDistillError
+from edgedistill.errors import ConfigError, EdgeDistillError, not_installed
 
 DESCRIPTION = """\
 Take a diffusion model from a GPU teacher to a phone or an Intel CPU, and prove that it still is the
@@ -21,21 +21,37 @@ Exit status: 0 fine, 1 a check failed, 2 bad input.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 fine, 1 a check failed, 2 bad input."""
-    arguments = [_kebab(item) for item in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        options = _parser(arguments).parse_args(arguments)
-        status: int = options.run(options) or 0
+        return execute(sys.argv[1:] if arguments is None else arguments)
     except EdgeDistillError as error:
         return _complain(str(error), error.exit_status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        from edgedistill.files import way_out
+
         where = f"{error.filename}: " if error.filename else ""
-        return _complain(f"{where}{error.strerror or error}.", 2)
+        advice = f"; {way_out(error)}" if way_out(error) else ""
+        return _complain(f"{where}{error.strerror or error}{advice}.", 2)
     except KeyboardInterrupt:
         return _complain("Interrupted.", 130)
-    return status
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit status; what goes wrong is raised.
+
+    Raises:
+        EdgeDistillError: Of any kind; a package that is not installed is named with the extra that brings it.
+    """
+    arguments = [_kebab(item) for item in arguments]
+    options = _parser(arguments).parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in plugins.PACKAGES:
+            raise
+        raise not_installed(error.name, getattr(options, "extra", "all")) from error
 
 
 class _Parser(argparse.ArgumentParser):

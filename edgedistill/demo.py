@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill import plugins
 from edgedistill.arguments import add_command
-from edgedistill.errors import CheckFailedError, EdgeDistillError
+from edgedistill.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from edgedistill.evaluation.baselines import Baselines
@@ -55,10 +55,7 @@ class _Journal:
         self.say(f"$ edgedistill {' '.join(words)}")
         answer = io.StringIO()
         with self.timed(f"{words[0]} {Path(words[1]).stem}"), contextlib.redirect_stdout(answer):
-            status = cli.main([*words, "--json"])
-        if status:
-            msg = f"`edgedistill {' '.join(words)}` ended with status {status}; see the line above."
-            raise EdgeDistillError(msg)
+            cli.execute([*words, "--json"])
         return json.loads(answer.getvalue())
 
     @contextlib.contextmanager

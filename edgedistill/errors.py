@@ -64,5 +64,10 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != module.split(".", maxsplit=1)[0]:
             raise
-        msg = f'`{error.name}` is not installed; run: pip install "edgedistill[{extra}]".'
-        raise MissingDependencyError(msg) from error
+        raise not_installed(error.name, extra) from error
+
+
+def not_installed(module: str, extra: str) -> MissingDependencyError:
+    """Return the error that says which extra brings a module."""
+    msg = f'`{module}` is not installed; run: pip install "edgedistill[{extra}]".'
+    return MissingDependencyError(msg)

@@ -11,6 +11,7 @@ from edgedistill.errors import ConfigError
 COMMANDS = "edgedistill.commands"
 RUNTIMES = "edgedistill.runtimes"
 REPORTS = "edgedistill.reports"
+PACKAGES = ("edgedistill", "export", "quantize", "runtimes")
 ALIASES = {"ort": "onnxruntime", "ov": "openvino", "core-ml": "coreml", "pytorch": "torch"}
 _HOME = Path(__file__).resolve().parent.parent
 

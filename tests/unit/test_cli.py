@@ -53,8 +53,17 @@ def _fail_with(error):
         (ContractError("It does not fit."), 2, "edgedistill: It does not fit.\n"),
         (CheckFailedError("Too far."), 1, "edgedistill: Too far.\n"),
         (KeyboardInterrupt(), 130, "edgedistill: Interrupted.\n"),
-        (OSError(13, "Permission denied", "/x"), 2, "edgedistill: /x: Permission denied.\n"),
+        (
+            OSError(13, "Permission denied", "/x"),
+            2,
+            "edgedistill: /x: Permission denied; ask for the right to it or choose another place.\n",
+        ),
         (OSError("odd"), 2, "edgedistill: odd.\n"),
+        (
+            ModuleNotFoundError("No module named 'abc'", name="abc.d"),
+            2,
+            'edgedistill: `abc.d` is not installed; run: pip install "edgedistill[all]".\n',
+        ),
     ],
 )
 def test_errors_become_one_line_and_a_status(command, capsys, error, status, line):
@@ -66,6 +75,9 @@ def test_errors_become_one_line_and_a_status(command, capsys, error, status, lin
 def test_our_own_bugs_keep_their_traceback(command):
     command.action = _fail_with(ZeroDivisionError("bug"))
     with pytest.raises(ZeroDivisionError, match="bug"):
+        cli.main(["probe"])
+    command.action = _fail_with(ModuleNotFoundError("bug", name="edgedistill.typo"))
+    with pytest.raises(ModuleNotFoundError, match="bug"):
         cli.main(["probe"])
 
 
