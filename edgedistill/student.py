@@ -65,10 +65,21 @@ class Student:
             {
                 "schema_version": SCHEMA_VERSION,
                 "name": self.name,
+                "fingerprint": self.fingerprint,
                 "signatures": {name: item.to_json() for name, item in self.signatures.items()},
                 "provenance": dict(self.provenance),
             },
         )
+
+    def verify(self) -> None:
+        """Refuse networks and a table that are not those the manifest was written with.
+
+        Raises:
+            BundleError: If a byte of them changed since.
+        """
+        if read_json(self.root / MANIFEST).get("fingerprint") != self.fingerprint:
+            msg = f"{self.root}: damaged: its networks and table do not fit the fingerprint in {MANIFEST}; distil it anew."
+            raise BundleError(msg)
 
     @property
     def fingerprint(self) -> str:

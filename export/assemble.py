@@ -121,6 +121,7 @@ def _open_networks(student: Student) -> Networks:
         if store.signature(networks[name]) != student.signatures[name]:
             msg = f"{student.root / name}: its inputs and outputs are not those of the student's manifest; distil it anew."
             raise ContractError(msg)
+    student.verify()  # last: what is wrong with a network says more than that it changed
     return networks
 
 

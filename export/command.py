@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.arguments import add_command, add_json, add_target, target_of
 
-from .formats import ALL, FORMATS, ExportOptions
+from .formats import ALL, FORMATS, ExportOptions, jobs
 
 if TYPE_CHECKING:
     from edgedistill.bundle import Artifact, Bundle
@@ -55,7 +55,8 @@ def register(commands: Any) -> None:
                 default=ExportOptions.deployment_target,
                 help="earliest system for Core ML (default: %(default)s)",
             )
-        one.set_defaults(run=_run, format=name)
+        needs = [*FORMATS] if name == ALL else [name]
+        one.set_defaults(run=_run, format=name, extra=",".join([*needs, "train"]))
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +110,7 @@ def _run(options: argparse.Namespace) -> int:
         deployment_target=options.min_deployment_target,
         overwrite=options.overwrite,
     )
+    jobs([options.format], settings)
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from edgedistill.contract import Signature
 
 DTYPES = ("float32", "float16")
+OPSETS = range(13, 27)  # what both exporters write
 ALL = "all"
 Settings = Mapping[str, Any]
 Writer = Callable[["nn.Module", "Signature", Path, str, Settings], dict[str, Any]]
@@ -43,6 +44,9 @@ class ExportOptions:
             raise ConfigError(msg)
         if self.batch is not None and self.batch < 1:
             msg = f"`batch` must be 1 or more, got {self.batch}."
+            raise ConfigError(msg)
+        if self.opset is not None and self.opset not in OPSETS:
+            msg = f"`opset` must lie from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}."
             raise ConfigError(msg)
 
 

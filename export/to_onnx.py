@@ -14,7 +14,7 @@ from torch import nn
 
 from edgedistill import plugins
 from edgedistill.contract import BATCH, Signature
-from edgedistill.errors import CheckFailedError, require
+from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 
@@ -48,6 +48,7 @@ def write_onnx(
 
     Raises:
         CheckFailedError: If the graph is not valid ONNX, or leaves the float32 floor.
+        ConfigError: If the exporter cannot write the opset.
         MissingDependencyError: If onnx or onnxruntime is not installed.
     """
     onnx = require("onnx", "onnx")
@@ -81,6 +82,10 @@ def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool =
         with _without_known_warnings():
             (_export_dynamo if dynamo else _export_traced)(frozen, raw, opset)
         model = onnx.load(raw)
+    written = next(item.version for item in model.opset_import if not item.domain)
+    if written != opset:
+        msg = f"This exporter cannot write opset {opset}, it wrote {written}; ask for that one, or leave --dynamo out."
+        raise ConfigError(msg)
     _strip(model)
     graph = model.graph
     graph.name = path.stem

@@ -191,6 +191,13 @@ def other_signature(root):
     path.write_text(path.read_text().replace('"timestep"', '"time"'))
 
 
+def one_bit(root):
+    path = root / "unet" / store.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1  # of the last number's mantissa
+    path.write_bytes(data)
+
+
 def other_numbers(root):
     path = root / "sampler.json"
     data = json.loads(path.read_text())
@@ -209,6 +216,7 @@ def other_numbers(root):
         (newer_manifest, "version 2.0 is newer than 1.0"),
         (other_signature, "its inputs and outputs are not those of the student's manifest"),
         (other_numbers, "row 1: "),
+        (one_bit, "damaged: its networks and table do not fit the fingerprint in student.json"),
     ],
 )
 def test_a_spoilt_student_is_refused_and_the_old_bundle_stays(
@@ -234,6 +242,7 @@ def test_a_spoilt_student_is_refused_and_the_old_bundle_stays(
         (["onnx", "-m", "STUDENT", "B", "--dtype", "fp16"], "onnx is written in float32 only"),
         (["onnx", "-m", "STUDENT", "B", "--batch-size", "0"], "`batch` must be 1 or more, got 0"),
         (["onnx", "-m", "STUDENT", "B", "--batch-size", "2", "--dynamic"], "not allowed with"),
+        (["onnx", "-m", "STUDENT", "B", "--opset", "3"], "`opset` must lie from 13 to 26, got 3"),
         (["onnx", "-m", "NOWHERE", "B"], "NOWHERE: not a student folder"),
     ],
 )
