@@ -27,6 +27,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         MissingDependencyError: If torch or diffusers is not installed.
     """
     torch = require("torch", "train")
+    require("edgedistill.models", "train")  # before diffusers, which it keeps quiet
     require("diffusers", "train")
     from edgedistill.models import store
 

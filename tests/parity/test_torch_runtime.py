@@ -1,6 +1,8 @@
 """The reference is the student's own network, in float32, and nothing else opens as one."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,18 @@ def test_it_is_the_students_network_to_the_bit(student):
     got = session({name: value.numpy() for name, value in inputs.items()})["out_sample"]
     np.testing.assert_array_equal(got, expected)
     assert got.dtype == np.float32
+
+
+def test_opening_it_says_nothing(student):
+    """diffusers would warn that `optimum`, which our extras bring, comes in several distributions."""
+    code = (
+        "import sys; from pathlib import Path; from edgedistill.student import Student; "
+        "from runtimes import torch_reference; s = Student.open(sys.argv[1]); "
+        "torch_reference.open(s.root / 'unet', s.signatures['unet'], {})"
+    )
+    words = [sys.executable, "-c", code, str(student.root)]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_it_takes_arrays_that_may_not_be_written(student):
