@@ -55,7 +55,7 @@ def register(commands: Any) -> None:
                 default=ExportOptions.deployment_target,
                 help="earliest system for Core ML (default: %(default)s)",
             )
-        needs = [*FORMATS] if name == ALL else [name]
+        needs = {ALL: [*FORMATS], "openvino": ["onnx", "openvino"]}.get(name, [name])
         one.set_defaults(run=_run, format=name, extra=",".join([*needs, "train"]))
 
 

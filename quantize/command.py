@@ -23,10 +23,10 @@ Make the artifacts of a bundle smaller and write them, with the PyTorch referenc
 their own. Each result is opened and run on a held-out sample before anything is written."""
 _EPILOG = """\
 examples:
-  edgedistill quantize demo/bundle demo/small --weight-format int8
-  edgedistill quantize demo/bundle demo/small --quant-mode int8
-  edgedistill quantize demo/bundle demo/small --weight-format palette6 --only coreml
-  edgedistill quantize demo/bundle demo/small --quant-mode int8 --num-samples 32 \\
+  edgedistill quantize demo/bundle smaller --weight-format int8
+  edgedistill quantize demo/bundle smaller --quant-mode int8
+  edgedistill quantize demo/bundle smaller --weight-format palette6 --only coreml
+  edgedistill quantize demo/bundle smaller --quant-mode int8 --num-samples 32 \\
       --ignored-scope '.*conv_in.*' '.*conv_out.*' '.*time_emb.*'
 
 --weight-format stores smaller weights and computes in float: nearest to the original, for all

@@ -20,7 +20,7 @@ _SAMPLE_EPILOG = """\
 examples:
   edgedistill sample demo/bundle --runtime onnxruntime --seed 0 -n 16 -o grid.png
   edgedistill sample demo/bundle --runtime openvino --class 3 1 4 -o pi.png
-  edgedistill sample demo/bundle --artifact onnx-int8 -n 100 --columns 10 --npy arrays.npy -o grid.png
+  edgedistill sample demo/compressed --artifact onnx-int8 -n 100 --columns 10 --npy arrays.npy -o grid.png
 
 Sample i is made from seed + i alone: neither -n nor the runtime changes its noise.
 --class takes one class, or several that take turns; left out, all classes take turns.
@@ -29,7 +29,7 @@ _PARITY_EPILOG = """\
 examples:
   edgedistill parity demo/bundle
   edgedistill parity demo/bundle --runtime openvino --report parity.html
-  edgedistill parity demo/bundle demo/int8 --json > parity.json
+  edgedistill parity demo/bundle demo/compressed --json > parity.json
 
 Several bundles of one student land in one report. A runtime that is not installed is skipped and
 named, unless --runtime asks for it.

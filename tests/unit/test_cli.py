@@ -1,8 +1,10 @@
 import json
 import re
+import shlex
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +139,24 @@ def test_help_teaches_and_loads_nothing_heavy(words):
     assert json.loads(made.stderr) == []
     assert made.stdout.startswith(" ".join(["usage: edgedistill", *words]))
     assert re.search("examples|Exit status", made.stdout)
+
+
+@pytest.mark.parametrize("words", ["distill", "export onnx", "quantize", "sample", "parity", "env"])
+def test_the_examples_of_the_help_are_command_lines_on_what_the_demo_makes(words, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*words.split(), "--help"])
+    text = capsys.readouterr().out.replace("\\\n", " ")
+    examples = re.findall(r"^  edgedistill (.*)$", text, re.MULTILINE)
+    assert examples
+    for line in examples:
+        given = shlex.split(line.partition(" > ")[0], comments=True)
+        options = cli._parser(given).parse_args(given)
+        named = [getattr(options, "bundle", None), *getattr(options, "bundles", [])]
+        made = {Path("demo/bundle"): "float", Path("demo/compressed"): "int8"}
+        held = [made[path] for path in named if path is not None]
+        assert getattr(options, "target", None) != Path("demo/small"), "a student lies there"
+        if "int8" in str(getattr(options, "artifact", "")):
+            assert held == ["int8"]
 
 
 def test_python_dash_m_is_the_same_command():
