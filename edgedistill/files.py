@@ -15,6 +15,7 @@ from typing import Any
 
 from edgedistill.errors import BundleError
 
+_ASIDE = ".aside-"
 _OLD = "-old"
 _FULL = {
     errno.ENOSPC: "free some space there or choose another place",
@@ -138,7 +139,10 @@ def _clear_refusal(target: Path) -> Iterator[None]:
     except OSError as error:
         place, number = str(error.filename or target), _number(error)
         is_ours = target.is_relative_to(place) or place.startswith(hidden)
-        if not (number in _FULL or (number in _REFUSED and is_ours)):
+        is_nested = any(
+            _ASIDE in part for part in target.parts[:-1]
+        )  # the outer one has the better name
+        if is_nested or not (number in _FULL or (number in _REFUSED and is_ours)):
             raise
         msg = f"{target}: cannot be written ({os.strerror(number)}); {way_out(error)}. What was there is untouched."
         raise BundleError(msg) from error
@@ -171,12 +175,12 @@ def native_writer(library: str, path: Path) -> Iterator[None]:
 
 def _prefix(target: Path) -> str:
     """Return how names aside begin: hidden, and telling whose they are and who writes them."""
-    return f".{target.name}.aside-{os.getpid()}-"
+    return f".{target.name}{_ASIDE}{os.getpid()}-"
 
 
 def _sweep(target: Path) -> None:
     """Remove what killed processes left; put back an old folder whose successor never came."""
-    for stale in target.parent.glob(f".{glob.escape(target.name)}.aside-*"):
+    for stale in target.parent.glob(f".{glob.escape(target.name)}{_ASIDE}*"):
         if _alive(stale):
             continue
         if stale.name.endswith(_OLD) and not target.exists():
@@ -188,7 +192,7 @@ def _sweep(target: Path) -> None:
 
 
 def _alive(folder: Path) -> bool:
-    process = folder.name.rsplit("aside-", 1)[1].split("-")[0]
+    process = folder.name.rsplit(_ASIDE, 1)[1].split("-")[0]
     if not process.isdigit():
         return False
     try:

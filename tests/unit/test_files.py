@@ -116,6 +116,17 @@ def test_a_disk_that_is_full_for_a_copied_folder_is_one_sentence(tmp_path):
     assert names(tmp_path) == ["source"]
 
 
+def test_a_full_disk_names_what_the_user_asked_for_and_no_folder_aside(tmp_path):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+    with (
+        pytest.raises(BundleError, match=rf"^{tmp_path}/out: cannot be written"),
+        files.written_aside(tmp_path / "out") as aside,
+        files.written_aside(aside / "unet.mlpackage"),
+    ):
+        raise full
+    assert names(tmp_path) == []
+
+
 def test_a_native_writer_that_fails_is_named():
     failure = RuntimeError("iostream error")
     message = r"unet\.xml: OpenVINO could not write it \(iostream error\); make room there"
