@@ -6,8 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-HELP = "train a few-step student from a recipe"
-EXAMPLES = """\
+from edgedistill.arguments import add_command, add_json, positive
+
+EPILOG = """\
 examples:
   edgedistill distill examples/digits_guided.yaml -o student --dry-run
   edgedistill distill examples/digits_guided.yaml -o student
@@ -20,12 +21,12 @@ TensorBoard events and sample grids (training/). Next: edgedistill export all -m
 
 def register(subparsers: Any) -> None:
     """Add the command to the parser."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "distill",
-        help=HELP,
-        description="Train a few-step student from a teacher by the recipe's method.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "train a few-step student from a recipe",
+        "Train a few-step student from a teacher by the recipe's method.",
+        EPILOG,
     )
     parser.add_argument(
         "recipe", type=Path, metavar="RECIPE.yaml", help="what to do; see examples/"
@@ -47,13 +48,14 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--dry-run",
-        "--dry_run",
         action="store_true",
         help="check everything, time a few steps, print the plan",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads of torch; results depend on it")
+    parser.add_argument(
+        "--threads", type=positive, help="CPU threads of torch; results depend on it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
