@@ -11,7 +11,7 @@ from edgedistill import plugins
 from edgedistill.bundle import Artifact, Bundle
 from edgedistill.conditions import network_conditions
 from edgedistill.contract import Signature
-from edgedistill.errors import ContractError
+from edgedistill.errors import ContractError, MissingDependencyError
 from edgedistill.network import CheckedNetwork, Session
 from edgedistill.noise import Bank, bank_shapes, noise_bank
 from edgedistill.sampler import Observer, run_table
@@ -138,7 +138,8 @@ def load(
         bundle: A bundle or its folder.
         runtime: ``torch``, ``onnxruntime``, ``openvino``, ``coreml``, or one that another distribution
             registers; None: the runtime of the artifact.
-        artifact: Name of an artifact; None: the first of the runtime.
+        artifact: Name of an artifact; None: the first of the runtime. Where both are None: the first
+            artifact whose runtime is installed, PyTorch last.
         **options: Handed to the runtime.
 
     Raises:
@@ -150,7 +151,23 @@ def load(
         runtime = plugins.ALIASES.get(runtime, runtime)
         plugins.find(plugins.RUNTIMES, runtime)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if runtime is None and artifact is None:
+        return _load_first(opened, options)
     return Pipeline(opened, opened.artifact(artifact, runtime), options)
+
+
+def _load_first(bundle: Bundle, options: Mapping[str, Any]) -> Pipeline:
+    """Open the first artifact whose runtime is installed; where none is, say what the first one lacks."""
+    ordered = sorted(bundle.artifacts.values(), key=lambda item: item.runtime == "torch")
+    missing: list[MissingDependencyError] = []
+    for item in ordered:
+        try:
+            return Pipeline(bundle, item, options)
+        except MissingDependencyError as error:
+            missing.append(error)
+    if missing:
+        raise missing[0]
+    return Pipeline(bundle, bundle.artifact(), options)
 
 
 def _count(n: int | None, seed: Any, noise: Bank | None, conditions: Mapping[str, Any]) -> int:

@@ -50,7 +50,7 @@ def register_sample(commands: Any) -> None:
     parser.add_argument(
         "--runtime",
         metavar="R",
-        help="torch, onnxruntime, openvino, coreml (default: of the first artifact)",
+        help="torch, onnxruntime, openvino, coreml (default: the first that is installed)",
     )
     parser.add_argument("--artifact", metavar="NAME", help="default: the first of the runtime")
     parser.add_argument("-o", "--output", metavar="PNG", type=Path, required=True, help="the sheet")

@@ -31,13 +31,17 @@ def build(config: Mapping[str, Any], source: str = "config") -> nn.Module:
     """Build an untrained network from its configuration.
 
     Raises:
-        BundleError: If `_class_name` is not one that this release knows.
+        BundleError: If `_class_name` is not one that this release knows, or the values make no network.
     """
     kind = config.get("_class_name")
     if kind not in BUILDERS:
         msg = f"{source}: `_class_name` {kind!r} is not known; this release reads {', '.join(BUILDERS)}."
         raise BundleError(msg)
-    return BUILDERS[kind](dict(config))
+    try:
+        return BUILDERS[kind](dict(config))
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"{source}: no {kind} can be built from it ({' '.join(str(error).split())})."
+        raise BundleError(msg) from error
 
 
 def load(folder: Path) -> nn.Module:
@@ -88,6 +92,23 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def save_weights(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        BundleError: If the disk is full or cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        msg = (
+            f"{path.name}: could not be written ({error}); make room there or choose another place."
+        )
+        raise BundleError(msg) from error
+
+
 def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and safetensors; a stock network's folder opens in diffusers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +118,7 @@ def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in network.state_dict().items()
     }
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_weights(state, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:

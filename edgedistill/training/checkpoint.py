@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from edgedistill.errors import TrainingError
+from edgedistill.errors import BundleError, TrainingError
 from edgedistill.files import read_json, write_json, written_aside
+from edgedistill.models.store import save_weights
 
 STATE = "state.safetensors"
 POSITION = "position.json"
@@ -78,10 +79,23 @@ class CheckpointFolder:
         self.fingerprint = fingerprint
 
     def save(self, snapshot: Snapshot) -> None:
-        """Write a checkpoint aside, rename it, and drop all but the newest two."""
+        """Write a checkpoint aside, rename it, and drop all but the newest two.
+
+        Raises:
+            TrainingError: If the disk is full or cannot be written.
+        """
+        try:
+            self._write(snapshot)
+        except BundleError as error:
+            msg = f"{str(error).rstrip('.')}; then go on with --resume."
+            raise TrainingError(msg) from error
+        for old in list(self._folders())[:-2]:
+            shutil.rmtree(old)
+
+    def _write(self, snapshot: Snapshot) -> None:
         position = snapshot.position
         with written_aside(self.root / f"{position.phase:03}-{position.iteration:08}") as folder:
-            save_file(snapshot.tensors, folder / STATE)
+            save_weights(snapshot.tensors, folder / STATE)
             record = {
                 "fingerprint": self.fingerprint,
                 "phase": position.phase,
@@ -89,8 +103,6 @@ class CheckpointFolder:
                 "scalars": snapshot.scalars,
             }
             write_json(folder / POSITION, record)
-        for old in list(self._folders())[:-2]:
-            shutil.rmtree(old)
 
     def newest(self) -> Snapshot | None:
         """Return the newest checkpoint, or None where there is none.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -192,6 +193,29 @@ def test_a_loss_that_is_not_finite_leaves_no_student_and_says_where(
     assert "Phase 'fold', iteration" in error
     assert "training.nan_policy=skip" in error
     assert not output.exists()
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+    whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "s"
+    command = [sys.executable, "-m", "edgedistill", *arguments(output, "--quiet")]
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        check=False,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # No file may grow beyond 300 kB, which a checkpoint does.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
+    )
+    assert (full.returncode, full.stderr.count("\n")) == (2, 1), full.stderr
+    assert "could not be written" in full.stderr
+    assert "make room there" in full.stderr
+    assert "then go on with --resume" in full.stderr
+    assert not output.exists()
+    assert main(arguments(output, "--quiet", "--resume")) == 0
+    assert weights(output) == weights(whole)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

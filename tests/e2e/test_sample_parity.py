@@ -146,6 +146,16 @@ def test_a_missing_runtime_is_skipped_with_its_pip_line_unless_asked_for(run, ma
     assert run("parity", bundle, "--artifact", "gone")[0] == 2
 
 
+def test_left_to_choose_sample_takes_what_is_installed(run, make, tmp_path):
+    bundle = make({"gone": ("absent", "float32"), "here": ("fake", "float32")})
+    status, out, _ = run("sample", bundle, "-n", "2", "-o", tmp_path / "a.png", "--json")
+    assert (status, json.loads(out)["artifact"]) == (0, "here")
+    lone = make({"gone": ("absent", "float32")}, "lone")
+    status, _, err = run("sample", lone, "-n", "2", "-o", tmp_path / "b.png")
+    assert status == 2
+    assert "no_such_package" in err
+
+
 def test_two_bundles_of_one_student_land_in_one_report(run, make):
     first = make({"a": ("fake", "float32")}, "first")
     second = make({"a": ("fake", "float32"), "b": ("fake", "int8")}, "second")

@@ -171,3 +171,9 @@ def test_broken_weights_are_refused_by_name(stock: UNet2DModel, tmp_path: Path) 
 def test_an_unknown_class_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="`_class_name` 'Mystery' is not known"):
         store.build({"_class_name": "Mystery"}, str(tmp_path))
+
+
+def test_values_that_make_no_network_are_refused_with_the_file() -> None:
+    config = {**CONFIG, "_class_name": "UNet2DModel", "block_out_channels": "abc"}
+    with pytest.raises(BundleError, match="here/config.json: no UNet2DModel can be built from it"):
+        store.build(config, "here/config.json")
