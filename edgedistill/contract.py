@@ -34,6 +34,9 @@ class TensorSpec:
         if self.dtype not in DTYPES:
             msg = f"`{self.name}`: dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
             raise ContractError(msg)
+        if any(isinstance(size, int) and size < 1 for size in self.shape):
+            msg = f"`{self.name}`: sizes must be at least 1, got {list(self.shape)}."
+            raise ContractError(msg)
 
     def with_batch(self, batch: int | str) -> "TensorSpec":
         """Return the same tensor with its leading size set to `batch`."""
