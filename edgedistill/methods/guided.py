@@ -5,6 +5,9 @@ teacher's two calls in one. Stage 2 (section 3.2) is progressive distillation (S
 arXiv:2202.00512) of that student with w kept as an input: the student of every phase makes one step where
 the one before made two.
 
+Equations as restated by others and checked by their identities; the paper's own numbering could not be
+read, so sections are named and equation numbers are not.
+
 Left open by the paper and chosen here: the weighting of stage 1 is a setting; w is drawn per example;
 every phase starts from the weights of the one before.
 """
@@ -190,7 +193,7 @@ def _draw_w(settings: GuidedSettings, step: Step) -> Tensor:
 
 def _fold_loss(settings: GuidedSettings) -> Any:
     def loss(step: Step) -> Losses:
-        """Match the guided teacher at any time and any w (section 3.1, Eq. 3)."""
+        """Match the guided teacher at any time and any w (section 3.1)."""
         teacher, student = step.roles["teacher"], step.roles["student"]
         w = _draw_w(settings, step)
         t = step.draw.integers(0, teacher.schedule.num_train_timesteps)

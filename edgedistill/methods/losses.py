@@ -22,7 +22,7 @@ def weighted_mse(
             ``snr_plus_one`` is 1 + SNR, which is the plain error of v.
 
     References:
-        Salimans and Ho, arXiv:2202.00512, section 4, Eq. 9 and the text below it.
+        Salimans and Ho, arXiv:2202.00512, section 4 (truncated SNR and SNR+1 weighting).
     """
     alpha, sigma = denoiser.alpha_sigma(t)
     snr = (alpha / sigma).square().flatten()

@@ -62,7 +62,7 @@ def progressive_target(
         second teacher estimate.
 
     References:
-        Salimans and Ho, arXiv:2202.00512, appendix G, Eq. 43; with w in both networks, Meng et al.,
+        Salimans and Ho, arXiv:2202.00512, Algorithm 2; with w in both networks, Meng et al.,
         arXiv:2210.03142, section 3.2.
     """
     first = predict(z, u)
