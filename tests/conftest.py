@@ -41,7 +41,7 @@ def make_network(channels=(8, 16), seed=0):
     import torch
     from diffusers import UNet2DModel
 
-    from edgedistill.models.unet import GuidedUNet2DModel
+    from edgedistill.models.unet import ExtendedUNet2DModel, Inputs
 
     torch.manual_seed(seed)
     unet = UNet2DModel(
@@ -56,7 +56,7 @@ def make_network(channels=(8, 16), seed=0):
         add_attention=False,
         num_class_embeds=CLASSES + 1,
     )
-    network = GuidedUNet2DModel(unet)
+    network = ExtendedUNet2DModel(unet, Inputs({"w": 1000.0}))
     torch.nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1)
     return network.eval().requires_grad_(False)
 

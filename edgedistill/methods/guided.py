@@ -12,7 +12,7 @@ Left open by the paper and chosen here: the weighting of stage 1 is a setting; w
 every phase starts from the weights of the one before.
 """
 
-from collections.abc import Mapping
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,15 +20,18 @@ import torch
 from torch import Tensor
 
 from edgedistill.errors import ConfigError
+from edgedistill.methods.context import Context
 from edgedistill.methods.losses import Weighting, weighted_mse
 from edgedistill.methods.plan import (
     Emission,
+    Follow,
     Losses,
     OptimizerSettings,
     Phase,
     Plan,
     Role,
     Step,
+    Stretch,
     Update,
 )
 from edgedistill.methods.states import noised_data
@@ -37,24 +40,17 @@ from edgedistill.models.denoiser import Denoiser
 from edgedistill.prediction import PredictionType
 from edgedistill.rows import ddim_row, jump_and_noise_row
 from edgedistill.schedule import Schedule
-from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+from edgedistill.table import Guidance, Row, SamplerTable
 
 END = -1
 MIN_EPSILON_ALPHA = 0.02
 
 
 @dataclass(frozen=True)
-class PhaseSettings:
-    """Length, loss weighting and optimizer of one kind of phase."""
+class PhaseSettings(Stretch):
+    """Length, optimizer and loss weighting of one kind of phase."""
 
-    iterations: int
-    weighting: Weighting
-    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            msg = f"`iterations` must be at least 1, got {self.iterations}."
-            raise ConfigError(msg)
+    weighting: Weighting = "truncated_snr"
 
 
 @dataclass(frozen=True)
@@ -80,10 +76,10 @@ class GuidedSettings:
     sampler: Literal["deterministic", "stochastic"] = "deterministic"
     fold: PhaseSettings = field(
         default_factory=lambda: PhaseSettings(
-            8000, "snr_plus_one", OptimizerSettings("adamw", decay="constant")
+            8000, OptimizerSettings("adamw", decay="constant"), "snr_plus_one"
         )
     )
-    halve: PhaseSettings = field(default_factory=lambda: PhaseSettings(50000, "truncated_snr"))
+    halve: PhaseSettings = field(default_factory=lambda: PhaseSettings(50000))
     ema: float | None = None
 
     def __post_init__(self) -> None:
@@ -108,49 +104,30 @@ class GuidedSettings:
         return rows // 2 if self.sampler == "stochastic" else rows
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the tables are for.
-
-    Fields:
-        scheduler: The teacher's scheduler configuration.
-        shape: (channels, height, width) of the state.
-        conditions: What the teacher is conditioned on.
-    """
-
-    scheduler: Mapping[str, Any]
-    shape: tuple[int, int, int]
-    conditions: tuple[Condition, ...]
-
-
-def plan(
-    settings: GuidedSettings,
-    teacher: Denoiser,
-    student: Denoiser,
-    previous: Denoiser,
-    target: Target,
-) -> Plan:
+def plan(settings: GuidedSettings, context: Context) -> Plan:
     """Lay out both stages.
 
-    Args:
-        settings: What to do.
-        teacher: Frozen; takes no guidance input.
-        student: Takes the guidance input; starts from the teacher's weights.
-        previous: Same architecture as the student: the teacher of each halving.
-        target: What the tables are for.
+    Raises:
+        ConfigError: If the teacher has no null condition, or the student would predict epsilon where the
+            first state holds next to nothing of x.
     """
+    context.require_null()
+    student = context.student("w")
     _check_start(student)
-    sketch = _Sketch(settings, student.schedule, student.prediction_type.value, target)
+    sketch = _Sketch(settings, context)
     rows = {settings.jumps(count): count for count in settings.steps}
     counts = [settings.start_steps]
     while counts[-1] > min(rows):
         counts.append(counts[-1] // 2)
-    roles = (
-        Role("teacher", teacher),
-        Role("student", student, trained=True, saved=True, ema=settings.ema),
-        Role("previous", previous, saved=True),
-    )
-    return Plan(roles, tuple(_phase(sketch, count, rows.get(count)) for count in counts))
+    roles = [
+        Role("teacher", context.teacher),
+        Role("student", student, trained=True),
+        Role("previous", copy.deepcopy(student)),
+    ]
+    if settings.ema is not None:
+        follow = Follow("student", settings.ema)
+        roles.append(Role("average", copy.deepcopy(student), follows=follow))
+    return Plan(tuple(roles), tuple(_phase(sketch, count, rows.get(count)) for count in counts))
 
 
 def _check_start(student: Denoiser) -> None:
@@ -174,15 +151,19 @@ def _phase(sketch: "_Sketch", count: int, rows: int | None) -> Phase:
     loss = (
         _fold_loss(settings)
         if is_fold
-        else _halve_loss(settings, sketch.schedule, count, odd=is_stochastic)
+        else _halve_loss(settings, sketch.context.schedule, count, odd=is_stochastic)
     )
+    # What the next phase goes on from is what was emitted: the average where there is one.
+    result = "student" if settings.ema is None else "average"
+    copies = () if settings.ema is None else (("average", "student"),)
+    student = Emission(f"{rows or count}-step", table, {"unet": result})
     return Phase(
         "fold" if is_fold else f"halve to {count}",
         part.iterations,
         (Update("student", ("student",), loss, part.optimizer),),
-        copies=() if is_fold else (("student", "previous"),),
-        preview=table,
-        emits=Emission(f"{rows}-step", table) if rows is not None else None,
+        copies=() if is_fold else (*copies, ("student", "previous")),
+        preview=student,
+        emits=student if rows is not None else None,
     )
 
 
@@ -240,49 +221,31 @@ class _Sketch:
     """Builds the tables that the students are trained for."""
 
     settings: GuidedSettings
-    schedule: Schedule
-    prediction_type: str
-    target: Target
+    context: Context
 
     def deterministic(self, count: int) -> SamplerTable:
         """N DDIM rows on the trailing grid; the last one returns x0."""
-        grid = time_grid(self.schedule, count).tolist()
-        rows = tuple(
-            ddim_row(self.schedule, grid[k], grid[k - 1], self.prediction_type)
-            for k in range(count, 0, -1)
-        )
+        schedule, kind = self.context.schedule, self.context.kind
+        grid = time_grid(schedule, count).tolist()
+        rows = tuple(ddim_row(schedule, grid[k], grid[k - 1], kind) for k in range(count, 0, -1))
         return self._wrap(rows, 1)
 
     def stochastic(self, count: int) -> SamplerTable:
         """N rows that jump by 2/N and noise back by 1/N; the last one returns x0 (section 3.3)."""
-        grid = time_grid(self.schedule, count).tolist()
+        schedule, kind = self.context.schedule, self.context.kind
+        grid = time_grid(schedule, count).tolist()
         rows = [
-            jump_and_noise_row(
-                self.schedule, grid[k], grid[k - 2], grid[k - 1], self.prediction_type, noise=index
-            )
+            jump_and_noise_row(schedule, grid[k], grid[k - 2], grid[k - 1], kind, noise=index)
             for index, k in enumerate(range(count, 1, -1), start=1)
         ]
-        rows.append(ddim_row(self.schedule, grid[1], END, self.prediction_type))
+        rows.append(ddim_row(schedule, grid[1], END, kind))
         return self._wrap(tuple(rows), count)
 
     def _wrap(self, rows: tuple[Row, ...], noise_count: int) -> SamplerTable:
         settings = self.settings
-        return SamplerTable(
-            stages=(Stage(self.target.shape, rows),),
-            noise_count=noise_count,
-            guidance=Guidance(
-                "embedded", "w", settings.default_guidance_scale, settings.guidance_scale
-            ),
-            conditions=self.target.conditions,
-            clamp=(-1.0, 1.0),
-            annotations=self._annotations(len(rows)),
+        guidance = Guidance(
+            "embedded", "w", settings.default_guidance_scale, settings.guidance_scale
         )
-
-    def _annotations(self, rows: int) -> Mapping[str, Any]:
-        return {
-            "method": "guided",
-            "sampler": self.settings.sampler,
-            "scheduler": dict(self.target.scheduler),
-            "prediction_type": self.prediction_type,
-            "num_steps": rows,
-        }
+        return self.context.table(
+            rows, noise_count=noise_count, guidance=guidance, sampler=settings.sampler
+        )

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
 from edgedistill.models.denoiser import Denoiser
@@ -47,25 +48,34 @@ class Step:
     """What a loss function sees.
 
     Fields:
-        roles: Every network of the method by role.
+        roles: Every module of the method by role: a `Denoiser`, or what the role holds.
         batch, draw: Data and randomness of this step.
         index: Position inside an unrolled update, from 0.
         carry: What the loss returned at the position before; None at the first.
+        memo: What earlier updates of this iteration left for later ones; new in every iteration.
     """
 
-    roles: Mapping[str, Denoiser]
+    roles: Mapping[str, Any]
     batch: Batch
     draw: Draw
     index: int = 0
     carry: Any = None
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What a loss function returns: named terms, summed by the trainer, and the state to carry on."""
+    """What a loss function returns.
+
+    Fields:
+        terms: Named scalars, summed by the trainer; empty: no optimizer step is made here.
+        carry: Handed to the next position of an unrolled update.
+        done: Whether an unrolled update ends here, before its `unroll` is used up.
+    """
 
     terms: Mapping[str, Tensor]
     carry: Any = None
+    done: bool = False
 
 
 LossFunction = Callable[[Step], Losses]
@@ -76,14 +86,14 @@ class OptimizerSettings:
     """An Adam family optimizer and its learning-rate curve.
 
     Fields:
-        kind: ``adam`` or ``adamw``.
+        kind: ``adam``, ``adamw`` or ``radam``.
         learning_rate: Peak value.
         betas, weight_decay, eps: As in torch.
         warmup: Iterations over which the rate rises linearly from 0.
         decay: ``constant``; or ``linear`` or ``cosine``, down to 0 at the end of the phase.
     """
 
-    kind: Literal["adam", "adamw"] = "adam"
+    kind: Literal["adam", "adamw", "radam"] = "adam"
     learning_rate: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -101,22 +111,56 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Settings of one phase: its length and its optimizer."""
+
+    iterations: int
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            msg = f"`iterations` must be at least 1, got {self.iterations}."
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True)
+class Follow:
+    """A moving average: ``weights <- rate * weights + (1 - rate) * those of the followed role``.
+
+    Fields:
+        role: The role that is followed, after each of its optimizer steps.
+        rate: In [0, 1).
+        warmed: Whether the rate rises as ``min(rate, (1 + n) / (10 + n))`` over the n updates of every
+            phase, so that early averages forget the start.
+    """
+
+    role: str
+    rate: float
+    warmed: bool = True
+
+
+@dataclass(frozen=True)
 class Role:
-    """One network of a method.
+    """One module of a method.
 
     Fields:
         name: ``student``, ``teacher``, ``previous``, ``guide``, ``fake``, ...
-        denoiser: The network with its schedule and prediction type.
+        module: A `Denoiser`, or any module that a loss calls (a discriminator's head).
         trained: Whether some update steps it.
-        saved: Whether it changes during the run and so belongs into checkpoints.
-        ema: Rate of its moving average, or None; the average is what a student is written from.
+        trains: Which of its network's parameters are trained, by name; None: all.
+        follows: The role whose moving average it is, or None.
     """
 
     name: str
-    denoiser: Denoiser
+    module: nn.Module
     trained: bool = False
-    saved: bool = False
-    ema: float | None = None
+    trains: Callable[[str], bool] | None = None
+    follows: Follow | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The module whose weights are trained, averaged, copied and saved."""
+        return self.module.network if isinstance(self.module, Denoiser) else self.module
 
 
 @dataclass(frozen=True)
@@ -129,8 +173,9 @@ class Update:
         loss: Pure function of a `Step`.
         optimizer: Its settings; the learning rate runs over the phase.
         every, offset: It is due at iterations where ``(iteration - offset) % every == 0``.
-        unroll: Optimizer steps in a row per iteration, with the carried state handed on.
+        unroll: Most optimizer steps in a row per iteration, with the carried state handed on.
         zero_also: Roles into which its gradients leak and are dropped.
+        source: Which of the plan's subsets it draws its batches from; ``data`` is everything.
     """
 
     name: str
@@ -141,6 +186,7 @@ class Update:
     offset: int = 0
     unroll: int = 1
     zero_also: tuple[str, ...] = ()
+    source: str = "data"
 
 
 @dataclass(frozen=True)
@@ -151,11 +197,13 @@ class Emission:
         name: Name of its folder; the last emission of a method is the run's result.
         table: The sampler it was trained for.
         networks: Role per network name of the table.
+        samplers: Further samplers of the same networks, by name.
     """
 
     name: str
     table: SamplerTable
     networks: Mapping[str, str] = field(default_factory=lambda: {"unet": "student"})
+    samplers: Mapping[str, SamplerTable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,8 +214,8 @@ class Phase:
         name: For people and logs.
         iterations: Length.
         updates: In order.
-        copies: (from, to) roles whose weights are copied before the first iteration.
-        preview: The table that sample grids are drawn with, or None.
+        copies: (from, to) roles whose weights are copied before the first iteration, in order.
+        preview: The student that sample grids are drawn with, or None.
         emits: The student that is written after the last iteration, or None.
     """
 
@@ -175,22 +223,45 @@ class Phase:
     iterations: int
     updates: tuple[Update, ...]
     copies: tuple[tuple[str, str], ...] = ()
-    preview: SamplerTable | None = None
+    preview: Emission | None = None
     emits: Emission | None = None
+
+
+# From every sample's conditions, (count, ...) by name, to (count,) booleans.
+Subset = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything the trainer needs from a method."""
+    """Everything the trainer needs from a method.
+
+    Fields:
+        roles, phases: In order.
+        subsets: Parts of the data that updates may draw from, by name.
+    """
 
     roles: tuple[Role, ...]
     phases: tuple[Phase, ...]
+    subsets: Mapping[str, Subset] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = {role.name for role in self.roles}
+        followed = {role.follows.role for role in self.roles if role.follows is not None}
+        problems = [("the plan", followed - known)]
         for phase in self.phases:
             used = {name for update in phase.updates for name in (*update.roles, *update.zero_also)}
             used |= {name for pair in phase.copies for name in pair}
-            if missing := used - known:
-                msg = f"Phase {phase.name!r} uses roles that do not exist: {', '.join(missing)}."
+            for student in (phase.preview, phase.emits):
+                used |= set(student.networks.values()) if student is not None else set()
+            problems.append((f"phase {phase.name!r}", used - known))
+            sources = {update.source for update in phase.updates} - {"data", *self.subsets}
+            problems.append((f"phase {phase.name!r}", sources))
+        for where, missing in problems:
+            if missing:
+                msg = f"In {where} there are roles or subsets that do not exist: {', '.join(sorted(missing))}."
                 raise ConfigError(msg)
+
+    def changes(self, role: Role) -> bool:
+        """Say whether a role's weights change during the run and so belong into checkpoints."""
+        copied = {target for phase in self.phases for _, target in phase.copies}
+        return role.trained or role.follows is not None or role.name in copied

@@ -1,10 +1,12 @@
-"""Any network seen as a denoiser: raw, x0 and eps of a noised state at an integer timestep."""
+"""Any network seen as a denoiser: raw, x0 and eps of a noised state at a labelled time."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.prediction import PredictionType, eps_coefficients, x0_coefficients
 from edgedistill.schedule import Schedule
@@ -13,16 +15,19 @@ from edgedistill.schedule import Schedule
 class Denoiser(nn.Module):
     """A network, the noise schedule it was trained on and the kind of its prediction.
 
-    Timesteps are diffusers' labels 0..T-1; -1 stands for the end of sampling (see `Schedule.alpha_sigma`).
+    Times are the schedule's labels 0..T-1; -1 stands for the end of sampling (see
+    `Schedule.alpha_sigma`). What the network is told of a label is the schedule's business.
 
     Args:
         network: Takes inputs by the names of its signature, returns raw.
-        schedule: Gives alpha and sigma per timestep.
+        schedule: Gives alpha and sigma per label, what the network is told, and the scale of its input.
         prediction_type: What raw is.
     """
 
     alphas: Tensor
     sigmas: Tensor
+    feeds: Tensor
+    in_scales: Tensor
 
     def __init__(
         self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType
@@ -39,16 +44,64 @@ class Denoiser(nn.Module):
         )
         self.register_buffer("alphas", pairs[:, 0].float(), persistent=False)
         self.register_buffer("sigmas", pairs[:, 1].float(), persistent=False)
+        self.register_buffer("feeds", torch.tensor(schedule.feeds).float(), persistent=False)
+        self.register_buffer(
+            "in_scales", torch.tensor(schedule.in_scales).float(), persistent=False
+        )
+        self._scaled = bool((schedule.in_scales != 1).any())
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma, each (batch, 1, 1, 1), of labels t (batch,)."""
         return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
 
     def raw(self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """Return the network's prediction, shaped as z; conditions it does not take are left out."""
-        inputs = {"sample": z, "timestep": t.to(z.dtype)}
-        wanted = [spec.name for spec in self.signature.inputs if spec.kind not in ("x", "t")]
-        return store.call(self.network, {**inputs, **{name: conditions[name] for name in wanted}})
+        """Return the network's prediction, shaped as z.
+
+        Args:
+            z: (batch, channels, height, width) state.
+            t: (batch,) labels.
+            conditions: Its other inputs by name, those of kind ``s`` as labels; what it does not take
+                is left out.
+        """
+        inputs = {"sample": z, "timestep": self.feeds[t].to(z.dtype)}
+        if self._scaled:
+            inputs["sample"] = z * self.in_scales[t][:, None, None, None]
+        for spec in self.signature.inputs:
+            if spec.kind not in ("x", "t"):
+                value = conditions[spec.name]
+                # Where a jump ends at -1, the network is told of the cleanest label.
+                inputs[spec.name] = self.feeds[value.clamp(min=0)] if spec.kind == "s" else value
+        return store.call(self.network, inputs)
+
+    def tapped(
+        self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the prediction and the features (batch, width, h, w) that leave the middle block.
+
+        Raises:
+            ConfigError: If the network has no middle block.
+        """
+        kept: list[Tensor] = []
+        handle = self.middle.register_forward_hook(lambda *call: kept.append(call[2]))
+        try:
+            raw = self.raw(z, t, conditions)
+            return raw, kept[-1]
+        finally:
+            handle.remove()
+
+    @property
+    def middle(self) -> nn.Module:
+        """The middle block of the network, out of its wrappers.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        plain: Any = plain_network(self.network)
+        block = getattr(plain, "mid_block", None)
+        if block is None:
+            msg = f"A {type(plain).__name__} without a middle block has no features to tap; choose a network that keeps it."
+            raise ConfigError(msg)
+        return block
 
     def x0(self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return D(z, t), the estimate of clean data."""
@@ -63,3 +116,10 @@ class Denoiser(nn.Module):
         """Convert a raw prediction to the implied noise."""
         e_z, e_r = eps_coefficients(self.prediction_type, *self.alpha_sigma(t))
         return e_z * z + e_r * raw
+
+
+def plain_network(network: nn.Module) -> nn.Module:
+    """Return a network out of the wrappers of torch.compile and of data parallelism."""
+    for wrapper in ("module", "_orig_mod"):
+        network = getattr(network, wrapper, network)
+    return network

@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
-from edgedistill.models.unet import GuidedUNet2DModel, build_stock
+from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def _guided(config: dict[str, Any]) -> nn.Module:
-    return GuidedUNet2DModel(build_stock(config), config["time_cond_proj_dim"])
-
-
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
-    "GuidedUNet2DModel": _guided,
+    "ExtendedUNet2DModel": build_extended,
 }
 
 
@@ -147,8 +143,16 @@ def signature(network: nn.Module) -> Signature:
     ]
     if config.get("num_class_embeds"):
         inputs.append(TensorSpec("class_labels", (BATCH,), "int32", "class"))
-    if config.get("time_cond_proj_dim"):
-        inputs.append(TensorSpec("w", (BATCH,), "float32", "w"))
+    inputs += [
+        TensorSpec(name, (BATCH,), "float32", name) for name in config.get("scalar_inputs", ())
+    ]
+    if channels := config.get("image_channels"):
+        inputs.append(TensorSpec("image", (BATCH, channels, height, width), "float32", "image"))
+    if config.get("residual_inputs"):
+        inputs += [
+            TensorSpec(f"residual_{i}", (BATCH, *shape), "float32", "residual")
+            for i, shape in enumerate(residual_shapes(config))
+        ]
     output = TensorSpec(
         "out_sample", (BATCH, config["out_channels"], height, width), "float32", "raw"
     )

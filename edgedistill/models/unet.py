@@ -1,6 +1,9 @@
-"""A `UNet2DModel` that takes the guidance weight as an input, and its folding back into a stock one."""
+"""Stock UNets with further inputs: embedded scalars, an image, residuals; and the folding of guidance into weights."""
 
+import copy
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,58 +13,81 @@ from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
 
-GUIDANCE_DIM = 256
+EMBEDDING_DIM = 256
+SCALES = {"w": 1000.0, "s": 1.0, "step": 100.0, "r": 100.0}
+"""By scalar input: what it is multiplied with before its sinusoid (guidance as in latent-consistency models)."""
 
 
-def guidance_embedding(w: Tensor, dim: int = GUIDANCE_DIM) -> Tensor:
-    """Return sines and cosines of ``1000*w``, the embedding of latent-consistency models.
+@dataclass(frozen=True)
+class Inputs:
+    """What a network takes beside the stock inputs.
+
+    Fields:
+        scalars: Numbers per sample that enter the time embedding, by name; with their scales.
+        image_channels: Channels of an image of the state's size; 0: none.
+        residuals: Whether maps ``residual_0``, ... are added to the skips and, the last one, to the
+            middle (the order of a ControlNet).
+    """
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    image_channels: int = 0
+    residuals: bool = False
+
+
+def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> Tensor:
+    """Return sines and cosines of ``scale * value``, the embedding of latent-consistency models.
 
     Args:
-        w: (batch,) Meng's guidance weight, ``guidance_scale - 1``.
+        value: (batch,) such as Meng's guidance weight w, then with scale 1000.
+        scale: Multiplies the value.
         dim: Even width of the embedding.
 
     Returns:
         (batch, dim) float32: all sines, then all cosines.
     """
     half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=w.device)
+    steps = torch.arange(half, dtype=torch.float32, device=value.device)
     frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * w.float()[:, None] * frequencies[None]
+    angles = scale * value.float()[:, None] * frequencies[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class GuidedUNet2DModel(nn.Module):
-    """A `UNet2DModel` whose time embedding also sees the guidance weight.
+class ExtendedUNet2DModel(nn.Module):
+    """A `UNet2DModel` with further inputs; untrained, its output is bitwise that of the stock model.
 
-    A bias-free projection of `guidance_embedding(w)`, zero at first, is added to the sinusoid of the
-    timestep before the first layer of the time MLP (arXiv:2210.03142, section 3.1; the form is the
-    one of diffusers' ``time_cond_proj_dim``). Untrained, the output is bitwise that of the stock model.
+    Scalars: one bias-free projection of all their embeddings, zero at first, is added to the sinusoid of
+    the timestep before the first layer of the time MLP (the form of diffusers' ``time_cond_proj_dim``; for
+    guidance arXiv:2210.03142, section 3.1). The image: a convolution of it, zero at first, is added to
+    that of the state. Residuals are added after the encoder has run.
 
     Args:
         unet: The stock model; its modules become this one's, under the same names.
-        guidance_dim: Width of the guidance embedding.
+        inputs: What is added.
 
     Raises:
         ConfigError: If the stock model uses a block or an embedding that this forward does not know.
     """
 
-    def __init__(self, unet: UNet2DModel, guidance_dim: int = GUIDANCE_DIM) -> None:
+    def __init__(self, unet: UNet2DModel, inputs: Inputs) -> None:
         super().__init__()
         config = dict(unet.config)
         unknown = [name for name, allowed in _STOCK.items() if config.get(name) not in allowed] + [
             kind for kind in config["down_block_types"] if "Skip" in kind
         ]
         if unknown:
-            msg = f"A guidance input cannot be added to this UNet2DModel because of: {', '.join(unknown)}."
+            msg = f"No input can be added to this UNet2DModel because of: {', '.join(unknown)}."
             raise ConfigError(msg)
         self.config = {
             **config,
             "_class_name": type(self).__name__,
-            "time_cond_proj_dim": guidance_dim,
+            "scalar_inputs": dict(inputs.scalars),
+            "image_channels": inputs.image_channels,
+            "residual_inputs": inputs.residuals,
         }
-        self.conv_in: nn.Module = unet.conv_in
+        self.conv_in: nn.Conv2d = unet.conv_in
+        self.conv_image = _image_stem(unet.conv_in, inputs.image_channels)
         self.time_proj: nn.Module = unet.time_proj
-        self.time_embedding: nn.Module = _with_condition(unet.time_embedding, guidance_dim)
+        self.time_embedding: nn.Module = _with_scalars(unet.time_embedding, len(inputs.scalars))
         self.class_embedding: nn.Module | None = unet.class_embedding
         self.down_blocks: nn.ModuleList = unet.down_blocks
         self.mid_block: nn.Module | None = unet.mid_block
@@ -71,7 +97,11 @@ class GuidedUNet2DModel(nn.Module):
         self.conv_out: nn.Module = unet.conv_out
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None, w: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        **inputs: Tensor,
     ) -> Tensor:
         """Predict raw.
 
@@ -79,52 +109,111 @@ class GuidedUNet2DModel(nn.Module):
             sample: (batch, channels, height, width) state.
             timestep: (batch,) label of the time.
             class_labels: (batch,) integers, or None for an unconditional model.
-            w: (batch,) guidance weight ``guidance_scale - 1``.
+            **inputs: Scalars (batch,), ``image`` and ``residual_i`` (batch, ., ., .), as configured.
         """
-        sinusoid = self.time_proj(timestep).to(sample.dtype)
-        guidance = guidance_embedding(w, self.config["time_cond_proj_dim"]).to(sample.dtype)
-        embedding = self.time_embedding(sinusoid, guidance)
-        if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+        embedding = self._embed(sample, timestep, class_labels, inputs)
         hidden = self.conv_in(sample)
+        if self.conv_image is not None:
+            hidden = hidden + self.conv_image(inputs["image"])
         skips: tuple[Tensor, ...] = (hidden,)
         for block in self.down_blocks:
             hidden, made = block(hidden_states=hidden, temb=embedding)
             skips += made
         if self.mid_block is not None:
             hidden = self.mid_block(hidden, embedding)
+        if self.config["residual_inputs"]:
+            skips = tuple(skip + inputs[f"residual_{i}"] for i, skip in enumerate(skips))
+            hidden = hidden + inputs[f"residual_{len(skips)}"]
         for block in self.up_blocks:
             count = len(list(block.resnets))  # type: ignore[arg-type]
             hidden = block(hidden, skips[-count:], embedding)
             skips = skips[:-count]
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
 
+    def _embed(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None,
+        inputs: Mapping[str, Tensor],
+    ) -> Tensor:
+        sinusoid = self.time_proj(timestep).to(sample.dtype)
+        scalars = [
+            scalar_embedding(inputs[name], scale)
+            for name, scale in self.config["scalar_inputs"].items()
+        ]
+        condition = torch.cat(scalars, dim=1).to(sample.dtype) if scalars else None
+        embedding = self.time_embedding(sinusoid, condition)
+        if self.class_embedding is not None:
+            embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
+        return embedding
 
-def bake_guidance(model: GuidedUNet2DModel, w: float) -> UNet2DModel:
+
+def extend(network: nn.Module, inputs: Inputs) -> nn.Module:
+    """Return a copy of a stock network with further inputs.
+
+    Raises:
+        ConfigError: If it is of a class, or has parts, to which inputs cannot be added.
+    """
+    if not isinstance(network, UNet2DModel):
+        msg = f"No inputs can be added to a {type(network).__name__}; this release extends UNet2DModel."
+        raise ConfigError(msg)
+    return ExtendedUNet2DModel(copy.deepcopy(network), inputs)
+
+
+def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Return (channels, height, width) of every residual of a `UNet2DModel` configuration: skips, then middle."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    widths = config["block_out_channels"]
+    shapes = [(widths[0], height, width)]
+    for level, channels in enumerate(widths):
+        shapes += [(channels, height, width)] * config["layers_per_block"]
+        if level < len(widths) - 1:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((channels, height, width))
+    return [*shapes, (widths[-1], height, width)]
+
+
+def bake_guidance(model: ExtendedUNet2DModel, w: float) -> UNet2DModel:
     """Return a stock `UNet2DModel` that equals `model` at one guidance weight.
 
     The projected embedding of a constant w is a constant vector before the first linear layer of the
     time MLP, so it folds into that layer's bias.
+
+    Raises:
+        ConfigError: If the model has other inputs than w.
     """
-    stock = build_stock(model.config)
+    config = model.config
+    scalars: Mapping[str, float] = config["scalar_inputs"]
+    if set(scalars) != {"w"} or config["image_channels"] or config["residual_inputs"]:
+        msg = f"Only a network whose one further input is w can be baked; this one takes: {', '.join(scalars) or 'none'}."
+        raise ConfigError(msg)
+    stock = build_stock(config)
     state = model.state_dict()
     projection = state.pop("time_embedding.cond_proj.weight")
-    vector = projection @ guidance_embedding(torch.tensor([w]), projection.shape[1])[0].to(
-        projection
-    )
+    embedding = scalar_embedding(torch.tensor([w]), scalars["w"], projection.shape[1])[0]
+    vector = projection @ embedding.to(projection)
     bias = state["time_embedding.linear_1.bias"]
     state["time_embedding.linear_1.bias"] = bias + state["time_embedding.linear_1.weight"] @ vector
     stock.load_state_dict(state)
     return stock.eval()
 
 
-def build_stock(config: dict[str, Any]) -> UNet2DModel:
+def build_stock(config: Mapping[str, Any]) -> UNet2DModel:
     """Build an untrained stock `UNet2DModel` from a configuration; keys it does not know are left out."""
     return UNet2DModel.from_config(
-        {k: v for k, v in config.items() if k != "time_cond_proj_dim" and not k.startswith("_")}
+        {k: v for k, v in config.items() if k not in _OURS and not k.startswith("_")}
     )
 
 
+def build_extended(config: Mapping[str, Any]) -> ExtendedUNet2DModel:
+    """Build an untrained `ExtendedUNet2DModel` from a configuration."""
+    inputs = Inputs(*(config[key] for key in _OURS))
+    return ExtendedUNet2DModel(build_stock(config), inputs)
+
+
+_OURS = ("scalar_inputs", "image_channels", "residual_inputs")
 _STOCK: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, None),
     "time_embedding_type": ("positional", None),
@@ -132,9 +221,21 @@ _STOCK: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _with_condition(old: TimestepEmbedding, dim: int) -> TimestepEmbedding:
+def _with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
+    if not count:
+        return old
     features = old.linear_1.in_features
-    new = TimestepEmbedding(features, old.linear_1.out_features, cond_proj_dim=dim)
+    new = TimestepEmbedding(
+        features, old.linear_1.out_features, cond_proj_dim=count * EMBEDDING_DIM
+    )
     new.load_state_dict(old.state_dict(), strict=False)
     nn.init.zeros_(new.cond_proj.weight)
     return new.to(old.linear_1.weight.device)
+
+
+def _image_stem(conv_in: nn.Conv2d, channels: int) -> nn.Conv2d | None:
+    if not channels:
+        return None
+    stem = nn.Conv2d(channels, conv_in.out_channels, 3, padding=1, bias=False)
+    nn.init.zeros_(stem.weight)
+    return stem.to(conv_in.weight.device)

@@ -99,11 +99,11 @@ def _plan_text(plan: dict[str, Any]) -> str:
     lines = [
         f"recipe {plan['recipe']['name']}: {plan['recipe']['method']}, seed {plan['recipe']['seed']}"
     ]
-    lines += ["", f"{'role':<12}{'parameters':>14}  trained  ema"]
+    lines += ["", f"{'role':<12}{'parameters':>14}  trained  average of"]
     for role in plan["roles"]:
         mark = "yes" if role["trained"] else "no"
         lines.append(
-            f"{role['name']:<12}{role['parameters']:>14,}  {mark:<7}  {role['ema'] or '-'}"
+            f"{role['name']:<12}{role['parameters']:>14,}  {mark:<7}  {role['follows'] or '-'}"
         )
     lines += [
         "",

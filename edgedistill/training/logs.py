@@ -11,11 +11,12 @@ from tqdm import tqdm
 
 from edgedistill.errors import require
 from edgedistill.images import grid, save_png
-from edgedistill.methods.plan import Phase
+from edgedistill.methods.plan import Emission, Phase
 from edgedistill.table import SamplerTable
 from edgedistill.training.checkpoint import Position
 
-Preview = Callable[[nn.Module, SamplerTable], np.ndarray]
+Networks = Mapping[str, nn.Module]
+Preview = Callable[[Networks, SamplerTable], np.ndarray]
 
 
 class RunLog:
@@ -72,15 +73,13 @@ class RunLog:
             for name, value in losses.items():
                 self._writer.add_scalar(f"{phase.name}/{name}", value, position.iteration)
 
-    def preview(self, phase: Phase, position: Position, network: nn.Module) -> None:
+    def preview(self, student: Emission, position: Position, networks: Networks) -> None:
         """Write a sample grid."""
-        if phase.preview is None:
-            return
-        images = self._preview(network, phase.preview)
-        name = f"{position.phase:02}-{phase.name.replace(' ', '-')}-{position.iteration:06}.png"
+        images = self._preview(networks, student.table)
+        name = f"{position.phase:02}-{student.name}-{position.iteration:06}.png"
         save_png(grid(images, scale=4), self._folder / "samples" / name)
         if self._writer is not None:
-            self._writer.add_images(phase.name, images * 0.5 + 0.5, position.iteration)
+            self._writer.add_images(student.name, images * 0.5 + 0.5, position.iteration)
 
     def end(self) -> None:
         """Close everything."""

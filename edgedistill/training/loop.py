@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,10 +24,10 @@ from edgedistill.methods.plan import (
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.training.checkpoint import CheckpointFolder, Position, Snapshot
 from edgedistill.training.draw import PositionDraw, Slice
-from edgedistill.training.ema import MovingAverage
 from edgedistill.training.settings import TrainingSettings
 
 State = Mapping[str, Tensor]
+Networks = Mapping[str, nn.Module]
 
 
 class BatchSource(Protocol):
@@ -46,7 +46,7 @@ class Watcher(Protocol):
     def step(self, phase: Phase, position: Position, losses: Mapping[str, float]) -> None:
         """An iteration is done; losses are empty where none are due."""
 
-    def preview(self, phase: Phase, position: Position, network: nn.Module) -> None:
+    def preview(self, student: Emission, position: Position, networks: Networks) -> None:
         """A sample grid is due."""
 
     def end(self) -> None:
@@ -59,7 +59,7 @@ class Trainer:
 
     Fields:
         plan: Roles and phases.
-        data: Batches by position.
+        data: Batches by position, of everything (``data``) and of the plan's subsets.
         settings: Of the loop.
         seed: Key of all randomness.
         checkpoints: Where snapshots go.
@@ -69,7 +69,7 @@ class Trainer:
     """
 
     plan: Plan
-    data: BatchSource
+    data: Mapping[str, BatchSource]
     settings: TrainingSettings
     seed: int
     checkpoints: CheckpointFolder
@@ -78,21 +78,30 @@ class Trainer:
     accelerator: Accelerator
 
     def __post_init__(self) -> None:
+        device = self.accelerator.device
         self.roles: dict[str, Role] = {role.name: role for role in self.plan.roles}
-        self.denoisers: dict[str, Denoiser] = {
-            role.name: role.denoiser.to(self.accelerator.device) for role in self.plan.roles
-        }
+        self._modules: dict[str, nn.Module] = {}
+        self._plain = {role.name: role.network for role in self.plan.roles}
         for role in self.plan.roles:
-            role.denoiser.requires_grad_(role.trained).eval()
-        self._plain = {name: item.network for name, item in self.denoisers.items()}
-        for role in self.plan.roles:
+            self._modules[role.name] = role.module.to(device).eval()
+            for name, parameter in role.network.named_parameters():
+                chosen = role.trains is None or role.trains(name)
+                parameter.requires_grad_(role.trained and chosen)
             if role.trained:
-                network = self._plain[role.name]
-                ready = torch.compile(network) if self.settings.compile else network
-                role.denoiser.network = self.accelerator.prepare_model(ready)
-        self._averages: dict[str, MovingAverage] = {}
+                self._wrap(role)
+        self._followed = dict.fromkeys(self.roles, 0)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._bad_steps = 0
+
+    def _wrap(self, role: Role) -> None:
+        """Compile a network and hand it to accelerate; losses then call what came out."""
+        network = role.network
+        ready = torch.compile(network) if self.settings.compile else network
+        prepared = self.accelerator.prepare_model(ready)
+        if isinstance(role.module, Denoiser):
+            role.module.network = prepared
+        else:
+            self._modules[role.name] = prepared
 
     def run(self) -> None:
         """Run every phase from the newest checkpoint, or from the start.
@@ -117,13 +126,9 @@ class Trainer:
         if saved is not None:
             self._restore_networks(saved)
         if fresh:
+            self._followed = dict.fromkeys(self.roles, 0)
             for source, target in phase.copies:
-                self._plain[target].load_state_dict(self._weights(source))
-        self._averages = {
-            role.name: MovingAverage(self._plain[role.name], role.ema)
-            for role in self.plan.roles
-            if role.trained and role.ema is not None
-        }
+                self._plain[target].load_state_dict(self._plain[source].state_dict())
         self._optimizers = {
             update.name: self.accelerator.prepare_optimizer(
                 _optimizer(update.optimizer, [self._plain[name] for name in update.roles])
@@ -137,14 +142,15 @@ class Trainer:
         settings = self.settings
         for iteration in range(first, phase.iterations):
             losses: dict[str, Tensor] = {}
+            memos: list[dict[str, Any]] = [{} for _ in range(settings.gradient_accumulation)]
             for update in phase.updates:
                 if (iteration - update.offset) % update.every == 0:
-                    losses |= self._run_update(phase, index, iteration, update)
+                    losses |= self._run_update(phase, (index, iteration), update, memos)
             done = Position(index, iteration + 1)
             due = done.iteration % settings.log_every == 0 or done.iteration == phase.iterations
             self.watcher.step(phase, done, {k: v.item() for k, v in losses.items()} if due else {})
             if settings.preview_every and done.iteration % settings.preview_every == 0:
-                self.watcher.preview(phase, done, self._plain["student"])
+                self._preview(phase, done)
             if (
                 done.iteration % settings.checkpoint_every == 0
                 and done.iteration < phase.iterations
@@ -152,62 +158,96 @@ class Trainer:
                 self._checkpoint(done)
         if phase.emits is not None and self.accelerator.is_main_process:
             networks = phase.emits.networks
-            self.emit(phase.emits, {net: self._weights(role) for net, role in networks.items()})
-        self._adopt_averages()
+            self.emit(
+                phase.emits,
+                {name: self._plain[role].state_dict() for name, role in networks.items()},
+            )
         self._checkpoint(Position(index + 1, 0))
 
+    def _preview(self, phase: Phase, position: Position) -> None:
+        if phase.preview is not None:
+            networks = {name: self._plain[r] for name, r in phase.preview.networks.items()}
+            self.watcher.preview(phase.preview, position, networks)
+
     def _run_update(
-        self, phase: Phase, index: int, iteration: int, update: Update
+        self,
+        phase: Phase,
+        place: tuple[int, int],
+        update: Update,
+        memos: Sequence[dict[str, Any]],
     ) -> dict[str, Tensor]:
         optimizer = self._optimizers[update.name]
+        index, iteration = place
         rate = update.optimizer.learning_rate * curve(update.optimizer, iteration, phase.iterations)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        carries: list[object] = [None] * self.settings.gradient_accumulation
+        carries: list[object] = [None] * len(memos)
         terms: dict[str, Tensor] = {}
         for position in range(update.unroll):
             optimizer.zero_grad()
             where = (index, iteration, update.name, position)
-            terms = self._backward(update, where, carries)
-            if self._healthy(phase, iteration, update, terms):
+            made, done = self._backward(update, where, carries, memos)
+            if made and self._healthy(phase, iteration, update, made):
                 optimizer.step()
-                for name in update.roles:
-                    if name in self._averages:
-                        self._averages[name].update(self._plain[name])
+                self._follow(update.roles)
             for name in update.zero_also:
                 self._plain[name].zero_grad()
+            terms |= made
+            if done:
+                break
         return {f"{update.name}/{name}": value for name, value in terms.items()}
 
+    @torch.no_grad()
+    def _follow(self, stepped: Sequence[str]) -> None:
+        """Take the new weights of `stepped` into the averages that follow them."""
+        for role in self.plan.roles:
+            follow = role.follows
+            if follow is None or follow.role not in stepped:
+                continue
+            count = self._followed[role.name]
+            self._followed[role.name] += 1
+            rate = min(follow.rate, (1 + count) / (10 + count)) if follow.warmed else follow.rate
+            source = self._plain[follow.role].state_dict()
+            for name, average in self._plain[role.name].state_dict().items():
+                if average.is_floating_point():
+                    average.lerp_(source[name], 1 - rate)
+                else:
+                    average.copy_(source[name])
+
     def _backward(
-        self, update: Update, where: tuple[int | str, ...], carries: list[object]
-    ) -> dict[str, Tensor]:
-        """Accumulate the gradients of one optimizer step; return the mean of each loss term."""
-        pieces = self.settings.gradient_accumulation
+        self,
+        update: Update,
+        where: tuple[int | str, ...],
+        carries: list[object],
+        memos: Sequence[dict[str, Any]],
+    ) -> tuple[dict[str, Tensor], bool]:
+        """Accumulate the gradients of one optimizer step; return the means of its terms and whether it ends."""
+        pieces = len(memos)
         running = self._samples_before(int(where[0]), int(where[1]))
+        device = self.accelerator.device
         sums: dict[str, Tensor] = {}
-        for piece in range(pieces):
+        done = False
+        for piece, memo in enumerate(memos):
             part = self._part(piece)
-            device = self.accelerator.device
-            step = Step(
-                self.denoisers,
-                self.data.batch(running, part, device),
-                PositionDraw(self.seed, where, part, device),
-                int(where[3]),
-                carries[piece],
-            )
+            batch = self.data[update.source].batch(running, part, device)
+            draw = PositionDraw(self.seed, where, part, device)
+            step = Step(self._modules, batch, draw, int(where[3]), carries[piece], memo)
             with contextlib.ExitStack() as stack:
                 if piece < pieces - 1:
                     for name in update.roles:
-                        stack.enter_context(self.accelerator.no_sync(self.denoisers[name].network))
+                        stack.enter_context(self.accelerator.no_sync(self._callable(name)))
                 with self.accelerator.autocast():
                     losses = update.loss(step)
-                carries[piece] = losses.carry
-                self.accelerator.backward(_total(losses.terms) / pieces)
+                carries[piece], done = losses.carry, losses.done
+                if losses.terms:
+                    self.accelerator.backward(_total(losses.terms) / pieces)
             for name, value in losses.terms.items():
-                sums[name] = (
-                    sums.get(name, torch.zeros((), device=device)) + value.detach() / pieces
-                )
-        return sums
+                sums[name] = sums.get(name, 0.0) + value.detach() / pieces
+        return sums, done
+
+    def _callable(self, role: str) -> nn.Module:
+        module = self._modules[role]
+        return module.network if isinstance(module, Denoiser) else module
 
     def _healthy(
         self, phase: Phase, iteration: int, update: Update, terms: Mapping[str, Tensor]
@@ -243,38 +283,24 @@ class Trainer:
         before = sum(phase.iterations for phase in self.plan.phases[:index])
         return (before + iteration) * self.settings.batch_size
 
-    def _weights(self, role: str) -> State:
-        average = self._averages.get(role)
-        return average.state if average is not None else self._plain[role].state_dict()
-
-    def _adopt_averages(self) -> None:
-        """Go on from the averages: they are what the next phase copies and what was emitted."""
-        for name, average in self._averages.items():
-            self._plain[name].load_state_dict(average.state)
-
     def _checkpoint(self, position: Position) -> None:
         if not self.accelerator.is_main_process:
             return
         snapshot = Snapshot(position)
-        for role in self.plan.roles:
-            if role.saved:
-                snapshot.put(f"role/{role.name}", self._plain[role.name].state_dict())
-        for name, average in self._averages.items():
-            snapshot.put(f"average/{name}", average.state)
-            snapshot.scalars[f"average/{name}"] = average.updates
+        for role in filter(self.plan.changes, self.plan.roles):
+            snapshot.put(f"role/{role.name}", self._plain[role.name].state_dict())
         if position.iteration:
+            snapshot.scalars["followed"] = dict(self._followed)
             for name, optimizer in self._optimizers.items():
                 snapshot.put_optimizer(f"optimizer/{name}", _inner(optimizer))
         self.checkpoints.save(snapshot)
 
     def _restore_networks(self, saved: Snapshot) -> None:
-        for role in self.plan.roles:
-            if role.saved:
-                self._plain[role.name].load_state_dict(saved.get(f"role/{role.name}"))
+        for role in filter(self.plan.changes, self.plan.roles):
+            self._plain[role.name].load_state_dict(saved.get(f"role/{role.name}"))
 
     def _restore_progress(self, saved: Snapshot) -> None:
-        for name, average in self._averages.items():
-            average.load(saved.get(f"average/{name}"), saved.scalars[f"average/{name}"])
+        self._followed = dict(saved.scalars["followed"])
         for name, optimizer in self._optimizers.items():
             saved.load_optimizer(f"optimizer/{name}", _inner(optimizer))
 
@@ -290,7 +316,7 @@ def curve(settings: OptimizerSettings, iteration: int, iterations: int) -> float
 
 
 def _optimizer(settings: OptimizerSettings, networks: Sequence[nn.Module]) -> torch.optim.Optimizer:
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
     return kinds[settings.kind](
         [p for network in networks for p in network.parameters() if p.requires_grad],
         lr=settings.learning_rate,

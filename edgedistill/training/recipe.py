@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from edgedistill.methods.guided import GuidedSettings
 from edgedistill.models.slim import CutSettings
 from edgedistill.training.settings import TrainingSettings
 
+SETTINGS: Mapping[str, type] = {"guided": GuidedSettings}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -21,9 +23,9 @@ class Recipe:
 
     Fields:
         name: Of the student.
-        teacher: ``digits``, or a diffusers folder with unet/ and scheduler/.
+        teacher: A packaged one (``digits``), or a diffusers folder with unet/ and scheduler/.
         data: ``digits``, an .npz file, or a folder of images.
-        method: Which method; the settings group of the same name belongs to it.
+        method: Which method; the settings group of the same name belongs to it, and no other may be there.
         seed: Key of all randomness.
         prediction_type: What the student predicts; None: what the teacher does. Another kind needs a longer
             first phase, since the teacher's weights start it off with the wrong one.
@@ -39,13 +41,22 @@ class Recipe:
     seed: int = 0
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     student: CutSettings | None = None
-    guided: GuidedSettings = field(default_factory=GuidedSettings)
+    guided: GuidedSettings | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             msg = f"`seed` must not be negative, got {self.seed}."
             raise ConfigError(msg)
+        others = [name for name in SETTINGS if name != self.method and getattr(self, name)]
+        if others:
+            msg = f"The method is {self.method!r}; the settings of {', '.join(others)} do not belong to it, take them out."
+            raise ConfigError(msg)
+
+    @property
+    def settings(self) -> Any:
+        """The method's settings; its defaults where the recipe has none."""
+        return getattr(self, self.method) or SETTINGS[self.method]()
 
     @classmethod
     def load(cls, path: Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -59,7 +70,9 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """Return the resolved settings as plain JSON data."""
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return data
+        for name in SETTINGS:
+            del data[name]
+        return {**data, self.method: json.loads(json.dumps(dataclasses.asdict(self.settings)))}
 
     @property
     def fingerprint(self) -> str:

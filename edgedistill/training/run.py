@@ -1,6 +1,5 @@
 """From a recipe to student folders: opens, builds, trains, and puts the result in place."""
 
-import copy
 import dataclasses
 import logging
 import shutil
@@ -15,19 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from edgedistill import __version__
 from edgedistill.data import open_dataset
 from edgedistill.errors import ConfigError
 from edgedistill.files import write_json, written_aside
-from edgedistill.methods import guided
-from edgedistill.methods.plan import Batch, Emission, Phase, Plan
+from edgedistill.methods.context import Context
+from edgedistill.methods.plan import Batch, Emission, Phase, Plan, Subset
+from edgedistill.methods.registry import PLANS
 from edgedistill.models import store
-from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.denoiser import Denoiser, plain_network
 from edgedistill.models.run import sample_torch
 from edgedistill.models.slim import cut
-from edgedistill.models.unet import GuidedUNet2DModel
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.student import MANIFEST, Student
@@ -36,7 +34,7 @@ from edgedistill.teacher import Teacher
 from edgedistill.training.checkpoint import CheckpointFolder, Position
 from edgedistill.training.draw import EpochOrder, Slice
 from edgedistill.training.logs import RunLog
-from edgedistill.training.loop import State, Trainer, Watcher
+from edgedistill.training.loop import Networks, State, Trainer, Watcher
 from edgedistill.training.recipe import Recipe
 
 LOGGER = logging.getLogger(__name__)
@@ -49,7 +47,7 @@ class Prepared:
 
     recipe: Recipe
     teacher: Teacher
-    data: "ImageBatches"
+    data: Mapping[str, "ImageBatches"]
     plan: Plan
 
 
@@ -69,7 +67,28 @@ class ImageBatches:
         self._images = torch.from_numpy(images)
         self._labels = None if labels is None else torch.from_numpy(labels).to(torch.int32)
         self._null = null
+        self._seed = seed
         self._order = EpochOrder(seed, len(images))
+
+    def subset(self, chosen: Subset) -> "ImageBatches":
+        """Return the samples that `chosen` picks by their conditions.
+
+        Raises:
+            ConfigError: If there are none.
+        """
+        labels = None if self._labels is None else self._labels.numpy()
+        kept = chosen({} if labels is None else {"class_labels": labels})
+        if not kept.any():
+            msg = (
+                "A part of the data that the method trains on holds no sample; choose fewer parts."
+            )
+            raise ConfigError(msg)
+        return ImageBatches(
+            self._images.numpy()[kept],
+            None if labels is None else labels[kept],
+            self._null,
+            self._seed,
+        )
 
     def batch(self, start: int, part: Slice, device: torch.device) -> Batch:
         """Return one part of the global batch that begins at running sample `start`."""
@@ -101,30 +120,25 @@ def prepare(recipe: Recipe) -> Prepared:
     if teacher.classes and (labels is None or labels.max() >= teacher.classes):
         msg = f"Teacher {recipe.teacher!r} knows classes 0..{teacher.classes - 1}; data {recipe.data!r} must be labelled with these."
         raise ConfigError(msg)
-    if not teacher.null:
-        msg = f"Teacher {recipe.teacher!r} has no null class, so its guidance cannot be folded; train it with label dropout."
-        raise ConfigError(msg)
     batches = ImageBatches(images.images, labels, teacher.null, recipe.seed)
-    return Prepared(recipe, teacher, batches, _guided_plan(recipe, teacher))
+    plan = PLANS[recipe.method](recipe.settings, _context(recipe, teacher))
+    subsets = {name: batches.subset(chosen) for name, chosen in plan.subsets.items()}
+    return Prepared(recipe, teacher, {"data": batches, **subsets}, plan)
 
 
-def _guided_plan(recipe: Recipe, teacher: Teacher) -> Plan:
+def _context(recipe: Recipe, teacher: Teacher) -> Context:
     schedule = Schedule.from_config(teacher.scheduler)
     scheduler = _student_scheduler(recipe, teacher)
-    smaller = (
-        copy.deepcopy(teacher.network)
-        if recipe.student is None
-        else cut(teacher.network, recipe.student)
-    )
-    kind = PredictionType(scheduler["prediction_type"])
-    student = Denoiser(GuidedUNet2DModel(smaller), schedule, kind)
     conditions = (Condition("class_labels", "class", teacher.classes),) if teacher.classes else ()
-    return guided.plan(
-        recipe.guided,
-        Denoiser(teacher.network, schedule, PredictionType(teacher.prediction_type)),
-        student,
-        copy.deepcopy(student),
-        guided.Target(scheduler, teacher.shape, conditions),
+    return Context(
+        method=recipe.method,
+        teacher=Denoiser(teacher.network, schedule, PredictionType(teacher.prediction_type)),
+        base=teacher.network if recipe.student is None else cut(teacher.network, recipe.student),
+        scheduler=scheduler,
+        prediction_type=PredictionType(scheduler["prediction_type"]),
+        shape=teacher.shape,
+        conditions=conditions,
+        null=teacher.null,
     )
 
 
@@ -214,15 +228,15 @@ def _train(prepared: Prepared, partial: Path, watcher: Watcher) -> None:
 def _write_student(
     prepared: Prepared, emission: Emission, states: Mapping[str, State], folder: Path
 ) -> None:
-    roles = {role.name: role.denoiser for role in prepared.plan.roles}
+    roles = {role.name: role.network for role in prepared.plan.roles}
     with written_aside(folder) as aside:
         signatures, parameters = {}, {}
         for name, state in states.items():
-            denoiser = roles[emission.networks[name]]
-            network = store.build(store.config_of(_plain(denoiser)))
+            trained = plain_network(roles[emission.networks[name]])
+            network = store.build(store.config_of(trained))
             network.load_state_dict(state)
             store.save(network, aside / name)
-            signatures[name] = denoiser.signature
+            signatures[name] = store.signature(network)
             parameters[name] = sum(value.numel() for value in network.parameters())
         scheduler = _student_scheduler(prepared.recipe, prepared.teacher)
         write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
@@ -246,11 +260,6 @@ def _assemble(prepared: Prepared, partial: Path, output: Path) -> Student:
     return Student.open(output)
 
 
-def _plain(denoiser: Denoiser) -> nn.Module:
-    network = denoiser.network
-    return getattr(network, "module", getattr(network, "_orig_mod", network))
-
-
 def _provenance(prepared: Prepared) -> dict[str, Any]:
     packages = ("torch", "diffusers", "accelerate", "numpy")
     return {
@@ -269,8 +278,8 @@ def _shareable(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.to_json(), **names}
 
 
-def _previewer(network: nn.Module, table: SamplerTable) -> np.ndarray:
-    return sample_torch({"unet": network}, table, PREVIEWS)
+def _previewer(networks: Networks, table: SamplerTable) -> np.ndarray:
+    return sample_torch(networks, table, PREVIEWS)
 
 
 @dataclass
@@ -291,7 +300,7 @@ class _Stopwatch:
             )
         self._last = now
 
-    def preview(self, phase: Phase, position: Position, network: nn.Module) -> None:
+    def preview(self, student: Emission, position: Position, networks: Networks) -> None:
         """Nothing is drawn."""
 
     def end(self) -> None:
@@ -316,7 +325,8 @@ def describe(recipe: Recipe, *, timed_iterations: int = 4) -> dict[str, Any]:
             dataclasses.replace(phase, iterations=timed_iterations, emits=None)
             for phase in prepared.plan.phases
         )
-        trial = dataclasses.replace(prepare(recipe), plan=Plan(prepared.plan.roles, short))
+        plan = dataclasses.replace(prepared.plan, phases=short)
+        trial = dataclasses.replace(prepare(recipe), plan=plan)
         with tempfile.TemporaryDirectory() as folder:
             _train(trial, Path(folder), watch)
         seconds = watch.seconds
@@ -325,9 +335,9 @@ def describe(recipe: Recipe, *, timed_iterations: int = 4) -> dict[str, Any]:
         "roles": [
             {
                 "name": role.name,
-                "parameters": sum(p.numel() for p in role.denoiser.network.parameters()),
+                "parameters": sum(p.numel() for p in role.network.parameters()),
                 "trained": role.trained,
-                "ema": role.ema,
+                "follows": role.follows.role if role.follows else None,
             }
             for role in prepared.plan.roles
         ],

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel  # noqa: E402
 
 from edgedistill.mlpackage import read_package  # noqa: E402
 from edgedistill.models import store  # noqa: E402
-from edgedistill.models.unet import GuidedUNet2DModel  # noqa: E402
+from edgedistill.models.unet import ExtendedUNet2DModel, Inputs  # noqa: E402
 from export import to_coreml  # noqa: E402
 from export.frozen import Frozen, examples  # noqa: E402
 from export.to_coreml import write_coreml  # noqa: E402
@@ -95,7 +95,9 @@ def make(kind):
         outputs = (dataclasses.replace(state, name="out_sample", kind="raw"),)
         return with_lively_weights(Conditional()), Signature(inputs, outputs)
     stock = UNet2DModel(**DIGITS) if kind != "attention" else UNet2DModel(**{**DIGITS, **ATTENTION})
-    network = with_lively_weights(GuidedUNet2DModel(stock) if kind == "guided" else stock)
+    network = with_lively_weights(
+        ExtendedUNet2DModel(stock, Inputs({"w": 1000.0})) if kind == "guided" else stock
+    )
     return network, store.signature(network).with_batch(BATCH)
 
 

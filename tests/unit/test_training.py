@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from edgedistill.errors import TrainingError
 from edgedistill.methods import guided
+from edgedistill.methods.context import Context
 from edgedistill.methods.plan import (
     Batch,
     Emission,
@@ -52,7 +53,7 @@ class Affine(nn.Module):
         "in_channels": 1,
         "out_channels": 1,
         "num_class_embeds": 2,
-        "time_cond_proj_dim": 2,
+        "scalar_inputs": {"w": 1000.0},
     }
 
     def __init__(self) -> None:
@@ -70,7 +71,7 @@ class Affine(nn.Module):
 class AffineTeacher(Affine):
     """The same without a guidance input."""
 
-    config = {k: v for k, v in Affine.config.items() if k != "time_cond_proj_dim"}
+    config = {k: v for k, v in Affine.config.items() if k != "scalar_inputs"}
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(sample, timestep, class_labels, timestep)
@@ -105,27 +106,41 @@ class Silent:
         if (position.phase, position.iteration) == self.stop_at:
             raise KeyboardInterrupt
 
-    def preview(self, phase: Phase, position: Position, network: nn.Module) -> None: ...
+    def preview(self, student: Emission, position: Position, networks: Any) -> None: ...
 
     def end(self) -> None:
         self.closed = True
 
 
-def gaussian_plan(iterations: int, ema: float | None = None) -> Plan:
-    def new(network: nn.Module) -> Denoiser:
-        return Denoiser(network, SCHEDULE, PredictionType("sample"))
+class GaussianContext(Context):
+    """Students of Gaussian data are affine."""
 
+    @classmethod
+    def make(cls) -> "GaussianContext":
+        kind = PredictionType("sample")
+        teacher = Denoiser(AffineTeacher(), SCHEDULE, kind)
+        classes = (Condition("class_labels", "class", 1),)
+        return cls(
+            "guided", teacher, Affine(), CONFIG, kind, SHAPE, classes, null={"class_labels": 1}
+        )
+
+    def student(self, *scalars: str, **inputs: Any) -> Denoiser:
+        assert scalars == ("w",)
+        assert not inputs
+        return Denoiser(Affine(), SCHEDULE, self.prediction_type)
+
+
+def gaussian_plan(iterations: int, ema: float | None = None) -> Plan:
     adam = OptimizerSettings(learning_rate=0.02, decay="cosine")
     settings = guided.GuidedSettings(
         guidance_scale=(1.0, 2.0),
         start_steps=4,
         steps=(2, 1),
-        fold=guided.PhaseSettings(1, "snr_plus_one", OptimizerSettings(learning_rate=1e-9)),
-        halve=guided.PhaseSettings(iterations, "truncated_snr", adam),
+        fold=guided.PhaseSettings(1, OptimizerSettings(learning_rate=1e-9), "snr_plus_one"),
+        halve=guided.PhaseSettings(iterations, adam),
         ema=ema,
     )
-    target = guided.Target(CONFIG, SHAPE, (Condition("class_labels", "class", 1),))
-    return guided.plan(settings, new(AffineTeacher()), new(Affine()), new(Affine()), target)
+    return guided.plan(settings, GaussianContext.make())
 
 
 def trainer(
@@ -141,7 +156,7 @@ def trainer(
 
     return Trainer(
         plan,
-        Gaussians(),
+        {"data": Gaussians()},
         TrainingSettings(**{"batch_size": 32, "checkpoint_every": 3, "log_every": 1, **settings}),
         0,
         CheckpointFolder(folder, "print"),
@@ -156,7 +171,7 @@ def test_halved_students_of_gaussian_data_equal_the_teacher_of_twice_the_steps(
 ) -> None:
     plan = gaussian_plan(400)
     emitted: dict[str, Any] = {}
-    before = {"4": plan.phases[0].preview, "student": Affine()}
+    before = {"4": plan.phases[0].preview.table, "student": Affine()}
     trainer(plan, tmp_path, Silent(), emitted, clip_norm=None, checkpoint_every=1000).run()
     noise = [torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))]
     given = {"class_labels": torch.zeros(64, dtype=torch.int32), "w": torch.zeros(64)}
@@ -205,9 +220,7 @@ def test_a_checkpoint_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Pa
 
 
 def nan_plan(bad: set[int]) -> Plan:
-    role = Role(
-        "student", Denoiser(Affine(), SCHEDULE, PredictionType("sample")), trained=True, saved=True
-    )
+    role = Role("student", Denoiser(Affine(), SCHEDULE, PredictionType("sample")), trained=True)
     calls = iter(range(1000))
 
     def loss(step: Step) -> Losses:
@@ -233,7 +246,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_place(tmp_path: P
 def test_such_steps_can_be_left_out_up_to_a_limit(tmp_path: Path) -> None:
     plan = nan_plan({2})
     trainer(plan, tmp_path / "a", Silent(), nan_policy="skip").run()
-    assert all(bool(torch.isfinite(p).all()) for p in plan.roles[0].denoiser.network.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in plan.roles[0].network.parameters())
     with pytest.raises(TrainingError, match="iteration 3"):
         trainer(nan_plan({1, 2, 3}), tmp_path / "b", Silent(), nan_policy="skip", nan_limit=2).run()
 
@@ -251,9 +264,7 @@ def test_every_and_offset_choose_the_iterations_and_unroll_carries_the_state(
 
         return run
 
-    role = Role(
-        "student", Denoiser(Affine(), SCHEDULE, PredictionType("sample")), trained=True, saved=True
-    )
+    role = Role("student", Denoiser(Affine(), SCHEDULE, PredictionType("sample")), trained=True)
     updates = (
         Update("a", ("student",), loss("a"), OptimizerSettings(), unroll=2),
         Update("b", ("student",), loss("b"), OptimizerSettings(), every=2, offset=1),

@@ -12,10 +12,11 @@ from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
 from edgedistill.models.slim import CutSettings, cut
 from edgedistill.models.unet import (
-    GuidedUNet2DModel,
+    ExtendedUNet2DModel,
+    Inputs,
     bake_guidance,
     build_stock,
-    guidance_embedding,
+    scalar_embedding,
 )
 
 CONFIG: dict[str, Any] = {
@@ -48,26 +49,26 @@ def inputs(count: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_untrained_guidance_changes_no_bit_whatever_w(stock: UNet2DModel) -> None:
     x, t, c = inputs()
     wanted = stock(x, t, c).sample
-    guided = GuidedUNet2DModel(stock)
+    guided = ExtendedUNet2DModel(stock, Inputs({"w": 1000.0}))
     for w in (0.0, 0.5, 4.0):
-        assert torch.equal(guided(x, t, c, torch.full((5,), w)), wanted)
+        assert torch.equal(guided(x, t, c, w=torch.full((5,), w)), wanted)
 
 
 @torch.no_grad()
 def test_baked_guidance_is_a_stock_network_equal_at_its_w(stock: UNet2DModel) -> None:
     x, t, c = inputs()
-    guided = GuidedUNet2DModel(stock)
+    guided = ExtendedUNet2DModel(stock, Inputs({"w": 1000.0}))
     torch.nn.init.normal_(guided.time_embedding.cond_proj.weight, std=0.1)
     baked = bake_guidance(guided, 0.7)
     assert type(baked) is UNet2DModel
-    same = guided(x, t, c, torch.full((5,), 0.7))
-    other = guided(x, t, c, torch.full((5,), 0.2))
+    same = guided(x, t, c, w=torch.full((5,), 0.7))
+    other = guided(x, t, c, w=torch.full((5,), 0.2))
     torch.testing.assert_close(baked(x, t, c).sample, same, rtol=0, atol=1e-5)
     assert (other - same).abs().max() > 1e-2
 
 
-def test_the_guidance_embedding_is_sines_then_cosines_of_1000_w() -> None:
-    made = guidance_embedding(torch.tensor([0.0, 0.25]), 8)
+def test_the_scalar_embedding_is_sines_then_cosines_of_1000_w() -> None:
+    made = scalar_embedding(torch.tensor([0.0, 0.25]), 1000.0, 8)
     assert torch.equal(made[0], torch.tensor([0.0] * 4 + [1.0] * 4))
     frequencies = 10000.0 ** (-torch.arange(4) / 3)
     wanted = torch.cat([(250 * frequencies).sin(), (250 * frequencies).cos()])
@@ -81,7 +82,7 @@ def test_a_block_that_the_forward_does_not_know_is_refused() -> None:
         "up_block_types": ["SkipUpBlock2D"] * 2,
     }
     with pytest.raises(ConfigError, match="because of: SkipDownBlock2D"):
-        GuidedUNet2DModel(build_stock(config))
+        ExtendedUNet2DModel(build_stock(config), Inputs({"w": 1000.0}))
 
 
 @torch.no_grad()
@@ -140,11 +141,11 @@ def test_storage_keeps_every_bit_and_a_stock_folder_opens_in_diffusers(
     stock: UNet2DModel, tmp_path: Path
 ) -> None:
     x, t, c = inputs()
-    guided = GuidedUNet2DModel(build_stock(CONFIG)).eval()
+    guided = ExtendedUNet2DModel(build_stock(CONFIG), Inputs({"w": 1000.0})).eval()
     torch.nn.init.normal_(guided.time_embedding.cond_proj.weight)
     store.save(guided, tmp_path / "guided")
     w = torch.rand(5)
-    assert torch.equal(store.load(tmp_path / "guided")(x, t, c, w), guided(x, t, c, w))
+    assert torch.equal(store.load(tmp_path / "guided")(x, t, c, w), guided(x, t, c, w=w))
     store.save(stock, tmp_path / "stock")
     opened = UNet2DModel.from_pretrained(tmp_path / "stock")
     assert torch.equal(opened(x, t, c).sample, stock(x, t, c).sample)

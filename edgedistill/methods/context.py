@@ -1,0 +1,109 @@
+"""What a method builds its plan from: the frozen teacher, networks to start from, and what tables must say."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from edgedistill.errors import ConfigError
+from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.unet import SCALES, Inputs, extend
+from edgedistill.prediction import PredictionType
+from edgedistill.rows import Range
+from edgedistill.schedule import Schedule
+from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+
+
+@dataclass(frozen=True)
+class Context:
+    """The setting that a recipe puts a method into.
+
+    Fields:
+        method: Its name, for the tables' annotations.
+        teacher: Frozen; as it was trained.
+        base: The network that students start from: the teacher's, or one cut from it. Never trained
+            itself: methods take copies.
+        scheduler: diffusers' scheduler configuration with the students' prediction type.
+        prediction_type: What the students predict.
+        shape: (channels, height, width) of the state.
+        conditions: What the teacher is conditioned on.
+        null: Their values for "no condition"; empty where the teacher was not trained with any.
+        space: Meaning of the state (see `SamplerTable`).
+        clamp: Range of finished samples, or None.
+    """
+
+    method: str
+    teacher: Denoiser
+    base: nn.Module
+    scheduler: Mapping[str, Any]
+    prediction_type: PredictionType
+    shape: tuple[int, int, int]
+    conditions: tuple[Condition, ...]
+    null: Mapping[str, Any] = field(default_factory=dict)
+    space: Mapping[str, Any] = field(
+        default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
+    )
+    clamp: Range | None = (-1.0, 1.0)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule of teacher and students."""
+        return self.teacher.schedule
+
+    @property
+    def kind(self) -> str:
+        """The students' prediction type as rows name it."""
+        return self.prediction_type.value
+
+    def student(self, *scalars: str, image_channels: int = 0, residuals: bool = False) -> Denoiser:
+        """Return a fresh student that starts from `base`, with further inputs where they are named.
+
+        Raises:
+            ConfigError: If the network cannot take them.
+        """
+        inputs = Inputs({name: SCALES[name] for name in scalars}, image_channels, residuals)
+        plain = copy.deepcopy(self.base) if inputs == Inputs() else extend(self.base, inputs)
+        return Denoiser(plain, self.schedule, self.prediction_type)
+
+    def copy_of_teacher(self) -> Denoiser:
+        """Return a denoiser with the teacher's weights that may be trained."""
+        network = copy.deepcopy(self.teacher.network)
+        return Denoiser(network, self.schedule, self.teacher.prediction_type)
+
+    def require_null(self) -> None:
+        """Refuse a teacher whose guidance cannot be computed.
+
+        Raises:
+            ConfigError: If it has no null condition.
+        """
+        if not self.null:
+            msg = "The teacher has no null condition, so there is no guidance to distil; train it with condition dropout."
+            raise ConfigError(msg)
+
+    def table(
+        self,
+        rows: tuple[Row, ...],
+        *,
+        noise_count: int = 1,
+        guidance: Guidance | None = None,
+        **annotations: Any,
+    ) -> SamplerTable:
+        """Return a single-stage table over this space with the annotations that `validate` needs."""
+        stage = Stage(self.shape, rows, init_noise=(self.schedule.first_scale, 0))
+        return SamplerTable(
+            stages=(stage,),
+            noise_count=noise_count,
+            guidance=guidance or Guidance(),
+            conditions=self.conditions,
+            clamp=self.clamp,
+            space=self.space,
+            annotations={
+                "method": self.method,
+                "scheduler": dict(self.scheduler),
+                "prediction_type": self.kind,
+                "num_steps": len(rows),
+                **annotations,
+            },
+        )
