@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -178,3 +179,14 @@ def _scalar(hint: Any, value: Any, path: str, problems: list[str]) -> Any:
 
 
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def finite(*numbers: Any) -> bool:
+    """Whether all are finite numbers of Python's own: a numpy float64 would lift a float32 state to float64."""
+    top = sys.float_info.max
+    return all(type(item) in (int, float) and -top <= item <= top for item in numbers)
+
+
+def rises(low: Any, high: Any) -> bool:
+    """Whether two numbers make a range."""
+    return finite(low, high) and low < high

@@ -39,9 +39,4 @@ def noise_bank(table: SamplerTable, seeds: Sequence[int]) -> Bank:
 
 def bank_shapes(table: SamplerTable) -> list[tuple[int, int, int]]:
     """Return the shape (channels, height, width) of every entry of the bank."""
-    shapes: list[tuple[int, int, int]] = [table.stages[0].shape] * table.noise_count
-    for stage in table.stages:
-        for position in [stage.init_noise[1], *(row.noise for row in stage.rows)]:
-            if position is not None:
-                shapes[position] = stage.shape
-    return shapes
+    return [stage.shape for stage in table.stages for _ in stage.noises]

@@ -4,10 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edgedistill.errors import ContractError
-from edgedistill.table import Row, SamplerTable, Stage
+from edgedistill.router import Router, route
+from edgedistill.table import Blend, Row, SamplerTable, Stage
 
 Array = Any  # numpy.ndarray or torch.Tensor: whatever has arithmetic, `clip` and `reshape`
+TOKENS = "input_ids"  # of a text encoder
+NULL = "null."  # before the name of what unguided calls are given instead
 Network = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
@@ -41,47 +46,77 @@ def run_table(
     noise: Sequence[Array],
     conditions: Mapping[str, Array],
     observe: Observer | None = None,
+    forced: Sequence[Mapping[str, Array]] | None = None,
 ) -> Array:
     """Run every row and return the last state, clipped to `table.clamp`.
 
     Args:
         table: The sampler.
-        networks: One callable per name in `table.networks`; each maps inputs to outputs by name.
+        networks: One callable per name in `table.networks`; each maps inputs to outputs by name. Not
+            looked up are students that no sample is routed to, and a text encoder without tokens.
         noise: The bank: `table.noise_count` arrays of shape (batch, channels, height, width).
-        conditions: Further network inputs by name, one entry per sample, guidance input included.
+        conditions: Further network inputs by name, one entry per sample, guidance input included;
+            tokens of a text as `TOKENS`; what stands for "no condition" under `NULL` and the name.
         observe: Called after each row.
+        forced: Another run, per row its ``state``, ``x0`` and ``next``: every row starts from that run's
+            states and looks back on its estimates (teacher forcing). None: from its own.
 
     Raises:
-        ContractError: If a network or a noise array is missing.
+        ContractError: If a network, a noise array or a condition is missing.
     """
-    if missing := [name for name in table.networks if name not in networks]:
-        msg = f"The table calls networks that are not there: {', '.join(missing)}."
-        raise ContractError(msg)
     if len(noise) != table.noise_count:
         msg = f"The table needs a noise bank of {table.noise_count} arrays, got {len(noise)}."
         raise ContractError(msg)
+    given = _encoded(table, networks, conditions)
+    called = networks if table.router is None else _routed(table.router, networks, given)
     z: Array = None
     index = 0
     for stage in table.stages:
-        z = first_state(stage, noise, z)
+        z, held = enter_stage(table, stage, noise, given, z)
         history: tuple[Array, ...] = ()
         for row in stage.rows:
-            trace = run_row(table, row, networks, z, noise, conditions, history, index)
+            if forced is not None:
+                z = forced[index]["state"]
+            trace = run_row(table, row, called, z, noise, held, history, index)
             if observe is not None:
                 observe(trace)
-            z = trace.next
-            history = (trace.x0, *history)
+            kept = vars(trace) if forced is None else forced[index]
+            z, history = kept["next"], (kept.get("x0"), *history)
             index += 1
     return z if table.clamp is None else z.clip(*table.clamp)
 
 
-def first_state(stage: Stage, noise: Sequence[Array], carried: Array | None = None) -> Array:
-    """Return the state that a stage starts from: scaled noise plus what the stage before left."""
+def enter_stage(
+    table: SamplerTable,
+    stage: Stage,
+    noise: Sequence[Array],
+    given: Mapping[str, Array],
+    before: Array | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """Return the state that a stage starts from, and all that its networks are given beside it.
+
+    Args:
+        table: The sampler.
+        stage: One of its stages.
+        noise: The bank.
+        given: Conditions by name.
+        before: The last state of the stage before.
+    """
     coefficient, position = stage.init_noise
     z = noise[position] * coefficient
+    inputs = {other.carry_to: z * 0.0 for other in table.stages if other.carry_to is not None}
+    if stage.init_image is not None:
+        factor, name = stage.init_image
+        z = z + given[name] * factor
     if stage.carry is not None:
-        z = z + _resize(carried, stage.carry, stage.shape) * stage.carry_scale
-    return z
+        carried = _resize(before, stage.carry, stage.shape) * stage.carry_scale
+        if stage.carry_noise is not None:
+            carried = carried + noise[stage.carry_noise[1]] * stage.carry_noise[0]
+        if stage.carry_to is None:
+            z = z + carried
+        else:
+            inputs[stage.carry_to] = carried
+    return z, {**given, **inputs}
 
 
 def run_row(
@@ -107,7 +142,18 @@ def run_row(
         terms.append((row.next.noise, noise[row.noise]))
     products = [value * factor for factor, value in terms if factor != 0]
     after = sum(products[1:], start=products[0]) if products else z * 0.0
+    if row.blend is not None:
+        after = _blended(row.blend, after, noise, conditions)
     return RowTrace(index, row, z, raw, x0, after)
+
+
+def _blended(
+    blend: Blend, z: Array, noise: Sequence[Array], conditions: Mapping[str, Array]
+) -> Array:
+    known, mask = conditions[blend.image] * blend.known, conditions[blend.mask]
+    if blend.index is not None:
+        known = known + noise[blend.index] * blend.noise
+    return z * mask + known * (1 - mask)
 
 
 def _predict(
@@ -122,9 +168,20 @@ def _predict(
     conditional = _call(table, row, networks, given)
     if row.guidance_scale is None:
         return conditional
-    null = {name: given[name] * 0 + int(value) for name, value in table.guidance.null.items()}
-    unconditional = _call(table, row, networks, {**given, **null})
+    unconditional = _call(table, row, networks, {**given, **_null(table, given)})
     return unconditional + (conditional - unconditional) * row.guidance_scale
+
+
+def _null(table: SamplerTable, given: Mapping[str, Array]) -> dict[str, Array]:
+    """Return what the unguided call is given instead."""
+    null = {k.removeprefix(NULL): v for k, v in given.items() if k.startswith(NULL)}
+    for name, value in table.guidance.null.items():
+        if not isinstance(value, str):
+            null[name] = given[name] * 0 + (int(value) if value == int(value) else value)
+        elif name not in null:
+            msg = f"Guidance needs the null text of `{name}` as `{NULL}{name}`, or its tokens as `{NULL}{TOKENS}`."
+            raise ContractError(msg)
+    return null
 
 
 def _call(
@@ -132,11 +189,55 @@ def _call(
 ) -> Array:
     outputs: dict[str, Array] = {}
     for name in row.call:
-        outputs = {**outputs, **networks[name]({**given, **row.feeds, **outputs})}
+        outputs = {**outputs, **_find(networks, name)({**given, **row.feeds, **outputs})}
     if table.raw_output not in outputs:
         msg = f"The table takes `{table.raw_output}` of {' and '.join(row.call)}, which returned: {', '.join(outputs)}."
         raise ContractError(msg)
     return _as(outputs[table.raw_output], given[table.state_input])
+
+
+def _find(networks: Mapping[str, Network], name: str) -> Network:
+    if name not in networks:
+        msg = f"The table calls a network that is not there: {name}."
+        raise ContractError(msg)
+    return networks[name]
+
+
+def _encoded(
+    table: SamplerTable, networks: Mapping[str, Network], conditions: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Add what the text encoder makes of tokens, and of the tokens of the null text."""
+    given = dict(conditions)
+    text = table.condition("text")
+    if text is None or text.encoder is None:
+        return given
+    for prefix in ("", NULL):
+        if prefix + TOKENS in conditions:
+            made = _find(networks, text.encoder)({TOKENS: conditions[prefix + TOKENS]})
+            given |= {prefix + name: value for name, value in made.items()}
+    return given
+
+
+def _routed(
+    router: Router, networks: Mapping[str, Network], given: Mapping[str, Array]
+) -> dict[str, Network]:
+    """Add the routed network: it cuts a batch up by student, calls each once, and puts it together again."""
+    students = route(router, given)
+    parts = {int(k): np.flatnonzero(students == k).tolist() for k in np.unique(students)}
+
+    def call(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        whole: dict[str, Array] = {}
+        for student, index in parts.items():
+            mine = {
+                name: value if np.ndim(value) == 0 else value[index]
+                for name, value in inputs.items()
+            }
+            for name, made in _find(networks, router.networks[student])(mine).items():
+                # Room for the whole batch, of whatever library.
+                whole.setdefault(name, made[[0] * len(students)])[index] = made
+        return whole
+
+    return {**networks, router.network: call}
 
 
 def _as(raw: Array, z: Array) -> Array:
@@ -156,4 +257,6 @@ def _resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
         columns = [item // (shape[2] // width) for item in range(shape[2])]
         return z[:, :, rows][:, :, :, columns]
     high, wide = height // shape[1], width // shape[2]
-    return z.reshape(batch, channels, shape[1], high, shape[2], wide).mean((3, 5))
+    # In float64 the mean of equal values is that value, in whatever order they are summed up.
+    exact = z.double() if hasattr(z, "double") else z.astype(np.float64)
+    return _as(exact.reshape(batch, channels, shape[1], high, shape[2], wide).mean((3, 5)), z)

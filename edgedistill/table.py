@@ -7,19 +7,20 @@ shortest decimals that read back to the same bits; the state is float32.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgedistill.config import build
+from edgedistill.choices import Condition, Guidance, condition_problems, guidance_problems
+from edgedistill.config import build, finite, rises
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, write_json
+from edgedistill.router import CLASS_TABLE, Router
 
-SPEC_VERSION = "1.0"
-GUIDANCE_MODES = ("none", "cfg", "embedded", "baked")
-CONDITION_KINDS = ("class",)
+__all__ = ["Blend", "Condition", "Guidance", "Next", "Router", "Row", "SamplerTable", "Stage"]
+
+SPEC_VERSION = "1.1"
 CARRIES = ("identity", "up_nearest", "area_down")
 
 
@@ -40,6 +41,24 @@ class Next:
 
 
 @dataclass(frozen=True)
+class Blend:
+    """Keeps a known part of the picture: ``z = mask*z + (1 - mask)*(known*image + noise*n[index])``.
+
+    Fields:
+        known: Multiplies the known image.
+        noise: Multiplies the noise.
+        index: Into the noise bank; None without noise.
+        image, mask: Names of the conditions; the mask is 1 where the sampler draws and 0 where it keeps.
+    """
+
+    known: float
+    noise: float = 0.0
+    index: int | None = None
+    image: str = "image"
+    mask: str = "mask"
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the table.
 
@@ -52,6 +71,7 @@ class Row:
         clip: Range that x0 is clipped to, or None.
         next: Coefficients of the state after this row.
         noise: Index into the noise bank, or None.
+        blend: What is done to the state after this row, or None.
         note: Commentary: ``t``, ``s``, ``kind``.
     """
 
@@ -63,6 +83,7 @@ class Row:
     clip: tuple[float, float] | None = None
     next: Next = field(default_factory=Next)
     noise: int | None = None
+    blend: Blend | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -70,53 +91,37 @@ class Row:
 class Stage:
     """Rows at one resolution.
 
+    The first state is ``init_noise + init_image + carried``, where ``carried = carry_scale * resized + carry_noise``;
+    with `carry_to` the rows' networks are given what is carried instead.
+
     Fields:
         shape: (channels, height, width) of the state.
         rows: At least one row.
-        init_noise: (coefficient, index into the noise bank) of the first state.
-        carry: How the output of the stage before enters the first state, or None: one of `CARRIES`.
+        init_noise: (coefficient, index into the noise bank).
+        init_image: (coefficient, name of an image condition), or None.
+        carry: How the output of the stage before is resized, or None: one of `CARRIES`.
         carry_scale: Multiplies what is carried.
+        carry_to: The network input that is given what is carried, and zeros in the stages that carry
+            nothing to it; None: the first state.
+        carry_noise: (coefficient, index into the noise bank) added to what is carried, or None.
     """
 
     shape: tuple[int, int, int]
     rows: tuple[Row, ...]
     init_noise: tuple[float, int] = (1.0, 0)
+    init_image: tuple[float, str] | None = None
     carry: str | None = None
     carry_scale: float = 1.0
+    carry_to: str | None = None
+    carry_noise: tuple[float, int] | None = None
 
-
-@dataclass(frozen=True)
-class Guidance:
-    """How guidance enters.
-
-    Fields:
-        mode: ``none``; ``cfg`` (two calls per row); ``embedded`` (a network input); ``baked``.
-        input: The network input, for ``embedded``; it is fed ``scale - 1`` (Meng's w).
-        default: guidance_scale g used when the caller gives none; g = 1 is no guidance.
-        range: Smallest and largest g that the network was trained for.
-        null: Values of the conditions that stand for "no condition", for ``cfg``.
-    """
-
-    mode: str = "none"
-    input: str | None = None
-    default: float = 1.0
-    range: tuple[float, float] = (1.0, 1.0)
-    null: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One thing the caller supplies per sample.
-
-    Fields:
-        name: The network input it feeds.
-        kind: ``class`` for now; ``text`` and ``image`` belong to later networks.
-        size: Number of classes the caller may choose from; None where that has no meaning.
-    """
-
-    name: str
-    kind: str
-    size: int | None = None
+    @property
+    def noises(self) -> tuple[int, ...]:
+        """Indices into the noise bank in the order of their use."""
+        used = [self.init_noise[1], self.carry_noise[1] if self.carry_noise else None]
+        for row in self.rows:
+            used += [row.noise, row.blend.index if row.blend else None]
+        return tuple(index for index in used if index is not None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class SamplerTable:
         state_input: The network input that takes the state.
         raw_output: The network output that is ``raw``.
         guidance, conditions: What the caller may choose.
+        router: Which student makes which sample, or None for a single one.
         clamp: Range that the output is clipped to, or None.
         space: Meaning of the output: ``kind`` (pixel or latent), ``value_range``, ``scale``, ``shift``.
         annotations: Commentary: method, scheduler configuration, prediction type, versions.
@@ -140,6 +146,7 @@ class SamplerTable:
     raw_output: str = "out_sample"
     guidance: Guidance = field(default_factory=Guidance)
     conditions: tuple[Condition, ...] = ()
+    router: Router | None = None
     clamp: tuple[float, float] | None = None
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
@@ -160,12 +167,32 @@ class SamplerTable:
     @property
     def nfe(self) -> int:
         """Network evaluations per sample, counted: unbaked guidance doubles a row."""
-        return sum((2 if row.guidance_scale is not None else 1) for row in self.rows if row.call)
+        return sum(map(_evaluations, self.rows))
+
+    @property
+    def effective_nfe(self) -> float:
+        """Network evaluations per sample, each counted by its share of the output's area."""
+        _, height, width = self.stages[-1].shape
+        return sum(
+            _evaluations(row) * stage.shape[1] * stage.shape[2] / (height * width)
+            for stage in self.stages
+            for row in stage.rows
+        )
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Names of the networks that rows call, in order of first use."""
-        return tuple(dict.fromkeys(name for row in self.rows for name in row.call))
+        """Names of the networks that rows call, in order of first use, then those that encode texts."""
+        names: dict[str, None] = {}
+        for name in (name for row in self.rows for name in row.call):
+            routed = self.router is not None and name == self.router.network
+            names |= dict.fromkeys(self.router.networks if self.router and routed else [name])
+        return tuple(
+            names | dict.fromkeys(item.encoder for item in self.conditions if item.encoder)
+        )
+
+    def condition(self, kind: str) -> Condition | None:
+        """Return the first condition of a kind, or None where there is none."""
+        return next((item for item in self.conditions if item.kind == kind), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -232,57 +259,92 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _evaluations(row: Row) -> int:
+    return 0 if not row.call else 1 if row.guidance_scale is None else 2
+
+
 def _problems(table: SamplerTable) -> Iterator[str]:
     if not table.stages or not all(stage.rows for stage in table.stages):
         yield "every table needs a stage and every stage a row"
-    yield from _guidance_problems(table.guidance, {item.name for item in table.conditions})
-    if unknown := sorted({item.kind for item in table.conditions} - set(CONDITION_KINDS)):
-        yield f"condition kind must be {' or '.join(CONDITION_KINDS)}, got {', '.join(unknown)}"
-    used: list[int] = []
+    conditions = {item.name: item for item in table.conditions}
+    yield from _name_problems(table)
+    for item in table.conditions:
+        yield from condition_problems(item)
+    yield from guidance_problems(table.guidance, conditions)
     before: Stage | None = None
     for index, stage in enumerate(table.stages):
-        yield from _stage_problems(stage, before, f"stage {index}")
-        used.append(stage.init_noise[1])
+        where = f"stage {index}"
+        yield from _stage_problems(stage, before, where)
+        yield from _picture_problems(stage, conditions, where)
         for position, row in enumerate(stage.rows):
-            yield from _row_problems(row, f"stage {index}, row {position}", table.guidance.mode)
-            used += [] if row.noise is None else [row.noise]
+            yield from _row_problems(row, f"{where}, row {position}", table.guidance.mode)
             needed = len(row.next.previous)
             earlier = stage.rows[max(position - needed, 0) : position]
             if len(earlier) < needed or not all(item.call for item in earlier):
-                yield f"stage {index}, row {position}: uses the x0 of more rows than came before it"
+                yield f"{where}, row {position}: uses the x0 of more rows than came before it"
         before = stage
+    used = [index for stage in table.stages for index in stage.noises]
     if len(used) != table.noise_count or used != list(range(len(used))):
         yield f"every noise of the bank is used once and in order, got {used} of {table.noise_count}"
     yield from _range_problems(table)
+    yield from _router_problems(table, conditions)
+
+
+def _name_problems(table: SamplerTable) -> Iterator[str]:
+    taken = [item.name for item in table.conditions]
+    taken += {stage.carry_to for stage in table.stages if stage.carry_to is not None}
+    if len({*taken, table.state_input}) <= len(taken):
+        yield f"conditions and what is carried need names of their own, got {', '.join(sorted(taken))}"
+    if sum(item.kind == "text" for item in table.conditions) > 1:
+        yield "a table takes one text"
+
+
+def _picture_problems(
+    stage: Stage, conditions: Mapping[str, Condition], where: str
+) -> Iterator[str]:
+    """Check the images and masks that a stage takes from the caller."""
+    single = (1, *stage.shape[1:])
+    wanted = [] if stage.init_image is None else [(stage.init_image[1], "image", stage.shape)]
+    for blend in (row.blend for row in stage.rows if row.blend is not None):
+        wanted += [(blend.image, "image", stage.shape), (blend.mask, "mask", single)]
+    for name, kind, shape in dict.fromkeys(wanted):
+        found = conditions.get(name)
+        if found is None or (found.kind, found.shape) != (kind, shape):
+            yield f"{where}: needs a condition `{name}` of kind {kind} and shape {list(shape)}"
+
+
+def _router_problems(table: SamplerTable, conditions: Mapping[str, Condition]) -> Iterator[str]:
+    router = table.router
+    if router is None:
+        return
+    yield from router.problems()
+    if not any(router.network in row.call for row in table.rows):
+        yield f"the router is for `{router.network}`, which no row calls"
+    found = conditions.get(router.on)
+    if router.kind == CLASS_TABLE and (found is None or found.size != len(router.table)):
+        yield f"the router needs a student for each class of a condition `{router.on}`"
+    if router.kind != CLASS_TABLE and not any(item.kind == "text" for item in table.conditions):
+        yield f"the router takes `{router.on}` of a text, and there is no condition of that kind"
 
 
 def _range_problems(table: SamplerTable) -> Iterator[str]:
     span = table.space.get("value_range")
-    if not (isinstance(span, list | tuple) and len(span) == 2 and _rise(*span)):
+    if not (isinstance(span, list | tuple) and len(span) == 2 and rises(*span)):
         yield f"space needs a `value_range` [low, high], got {span!r}"
-    if table.clamp is not None and not _rise(*table.clamp):
+    if table.clamp is not None and not rises(*table.clamp):
         yield f"clamp range {list(table.clamp)} is empty"
 
 
-def _guidance_problems(guidance: Guidance, conditions: set[str]) -> Iterator[str]:
-    if guidance.mode not in GUIDANCE_MODES:
-        yield f"guidance mode must be one of {', '.join(GUIDANCE_MODES)}, got {guidance.mode!r}"
-    if (guidance.mode == "embedded") != (guidance.input is not None):
-        yield "guidance has an `input` exactly when its mode is 'embedded'"
-    if (guidance.mode == "cfg") != bool(guidance.null) or not set(guidance.null) <= conditions:
-        yield "guidance has `null` values of conditions exactly when its mode is 'cfg'"
-    low, high = guidance.range
-    if not _finite(low, high, guidance.default) or not low <= guidance.default <= high:
-        yield f"guidance default {guidance.default} is outside of its range [{low}, {high}]"
-
-
 def _stage_problems(stage: Stage, before: Stage | None, where: str) -> Iterator[str]:
-    if min(stage.shape) < 1 or not _finite(stage.init_noise[0], stage.carry_scale):
+    numbers = [stage.init_noise[0], stage.carry_scale, *(stage.carry_noise or ())]
+    if min(stage.shape) < 1 or not finite(*numbers, *(stage.init_image or ())[:1]):
         yield f"{where}: sizes must be positive and coefficients finite"
     if stage.carry is not None and stage.carry not in CARRIES:
         yield f"{where}: carry must be one of {', '.join(CARRIES)}, got {stage.carry!r}"
     if (stage.carry is None) != (before is None):
         yield f"{where}: the first stage carries nothing, every later one something"
+    elif before is None and (stage.carry_to, stage.carry_noise) != (None, None):
+        yield f"{where}: there is nothing to carry"
     elif before is not None and not _carries(before.shape, str(stage.carry), stage.shape):
         yield f"{where}: {stage.carry} does not lead from {list(before.shape)} to {list(stage.shape)}"
 
@@ -298,23 +360,18 @@ def _carries(before: tuple[int, ...], carry: str, after: tuple[int, ...]) -> boo
 def _row_problems(row: Row, where: str, mode: str) -> Iterator[str]:
     numbers = [*row.feeds.values(), row.in_scale, *row.x0, *(row.clip or ())]
     numbers += [row.next.z, row.next.x0, row.next.raw, row.next.noise, *row.next.previous]
-    if not _finite(*numbers, row.guidance_scale or 0.0):
+    if not finite(*numbers, row.guidance_scale or 0.0):
         yield f"{where}: all coefficients must be finite plain numbers"
-    elif row.clip is not None and not _rise(*row.clip):
+    elif row.clip is not None and not rises(*row.clip):
         yield f"{where}: clip range {list(row.clip)} is empty"
     if not row.call and (row.next.x0 != 0 or row.next.raw != 0):
         yield f"{where}: calls no network and has no x0 or raw to use"
     if (row.noise is None) != (row.next.noise == 0):
         yield f"{where}: a noise index and a noise coefficient come together"
+    if row.blend is not None:
+        if not finite(row.blend.known, row.blend.noise):
+            yield f"{where}: the blend's coefficients must be finite"
+        if (row.blend.index is None) != (row.blend.noise == 0):
+            yield f"{where}: a blend's noise and its index come together"
     if (row.guidance_scale is not None) != (mode == "cfg" and bool(row.call)):
         yield f"{where}: `guidance_scale` is there exactly when the guidance mode is 'cfg'"
-
-
-def _finite(*numbers: Any) -> bool:
-    # A numpy float64 would lift a float32 state to float64, so the type is looked at too.
-    top = sys.float_info.max
-    return all(type(item) in (int, float) and -top <= item <= top for item in numbers)
-
-
-def _rise(low: Any, high: Any) -> bool:
-    return _finite(low, high) and low < high

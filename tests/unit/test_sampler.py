@@ -14,7 +14,7 @@ import pytest
 from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ContractError
 from edgedistill.noise import noise_bank
-from edgedistill.sampler import RowTrace, first_state, run_row, run_table
+from edgedistill.sampler import RowTrace, enter_stage, run_row, run_table
 from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
 
 SHAPE = (1, 4, 4)
@@ -192,11 +192,14 @@ def test_a_run_replays_bit_for_bit_in_other_processes_without_torch(tmp_path: Pa
         assert done.stdout == expected
 
 
-def carried(carry: str, before: tuple[int, int, int], after: tuple[int, int, int]) -> Stage:
+def carried(
+    how: str, before: tuple[int, int, int], after: tuple[int, int, int], x: Any
+) -> np.ndarray:
+    """Carry `x` to a second stage and return that stage's first state."""
     rows = (Row((), next=Next(z=1.0)),)
-    first = Stage(before, rows)
-    second = Stage(after, rows, init_noise=(0.0, 1), carry=carry)
-    return SamplerTable((first, second), 2).stages[1]
+    second = Stage(after, rows, init_noise=(0.0, 1), carry=how)
+    table = SamplerTable((Stage(before, rows), second), 2)
+    return enter_stage(table, second, [x, x[:, :1, :1, :1] * 0], {}, x)[0]
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
@@ -205,18 +208,15 @@ def test_down_after_up_is_exactly_the_identity(factor: int, library: str) -> Non
     convert = pytest.importorskip(library).asarray
     small, large = (3, 2, 4), (3, 2 * factor, 4 * factor)
     x = np.random.default_rng(1).standard_normal((2, *small), dtype=np.float32)
-    nothing = {size: [None, convert(np.zeros((2, *size), np.float32))] for size in (small, large)}
-    up = first_state(carried("up_nearest", small, large), nothing[large], convert(x))
+    up = carried("up_nearest", small, large, convert(x))
     assert tuple(up.shape) == (2, *large)
-    down = first_state(carried("area_down", large, small), nothing[small], up)
-    assert np.array_equal(np.asarray(down), x)
+    assert np.array_equal(np.asarray(carried("area_down", large, small, up)), x)
     assert np.array_equal(np.asarray(up)[:, :, ::factor, ::factor], x)
 
 
 def test_area_down_is_the_mean_of_each_area() -> None:
     x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
-    stage = carried("area_down", (1, 4, 4), (1, 2, 2))
-    down = first_state(stage, [x, np.zeros((1, 1, 2, 2), np.float32)], x)
+    down = carried("area_down", (1, 4, 4), (1, 2, 2), x)
     assert np.array_equal(down, [[[[2.5, 4.5], [10.5, 12.5]]]])
 
 
@@ -242,7 +242,7 @@ def test_a_single_row_can_be_run_from_any_state() -> None:
 def test_refusals() -> None:
     table = one(ROW)
     (z,) = noise(1)
-    with pytest.raises(ContractError, match="calls networks that are not there: unet"):
+    with pytest.raises(ContractError, match="calls a network that is not there: unet"):
         run_table(table, {}, [z], {})
     with pytest.raises(ContractError, match="needs a noise bank of 1 arrays, got 2"):
         run_table(table, {"unet": net}, [z, z], {})

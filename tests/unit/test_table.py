@@ -110,14 +110,14 @@ def test_versions_of_the_same_major_are_read(version: str) -> None:
 @pytest.mark.parametrize("version", ["2.0", "10.1"])
 def test_a_newer_major_version_is_refused(version: str) -> None:
     with pytest.raises(
-        BundleError, match=rf"a\.json: version {version} is newer than 1\.0.* upgrade"
+        BundleError, match=rf"a\.json: version {version} is newer than 1\.1.* upgrade"
     ):
         SamplerTable.from_json({**TABLE.to_json(), "spec_version": version}, "a.json")
 
 
 @pytest.mark.parametrize("version", [None, "", "new", [1], {}, "x" * 9999, "1" * 9999])
 def test_a_malformed_version_is_refused(version: Any) -> None:
-    with pytest.raises(BundleError, match=r"version (must look like '1\.0'|1+ is newer)"):
+    with pytest.raises(BundleError, match=r"version (must look like '1\.1'|1+ is newer)"):
         SamplerTable.from_json({**TABLE.to_json(), "spec_version": version})
 
 
@@ -243,7 +243,10 @@ CFG = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
         ({"guidance": dataclasses.replace(CFG, null={"text": 0.0})}, "`null` values of conditions"),
         ({"guidance": Guidance("embedded", "w", 5.0, (1.0, 4.0))}, "default 5.0 is outside"),
         ({"guidance": CFG}, "`guidance_scale` is there exactly when the guidance mode is 'cfg'"),
-        ({"conditions": (Condition("prompt", "text"),)}, "condition kind must be class, got text"),
+        (
+            {"conditions": (Condition("prompt", "text"),)},
+            "`prompt` of kind text is told by encoder, examples, length, tokenizer, got nothing",
+        ),
         ({"space": {"kind": "pixel"}}, r"space needs a `value_range` \[low, high\], got None"),
         ({"space": {"value_range": [1, 1]}}, "space needs a `value_range`"),
         ({"clamp": (1.0, -1.0)}, r"clamp range \[1\.0, -1\.0\] is empty"),
