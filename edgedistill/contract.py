@@ -10,6 +10,8 @@ from edgedistill.errors import ContractError
 
 Feeds = Mapping[str, np.ndarray]
 BATCH = "batch"
+LENGTH = "length"
+"""Tokens of a prompt, where the network does not fix them."""
 DTYPES = ("float16", "float32", "int32", "int64")
 
 
@@ -22,7 +24,8 @@ class TensorSpec:
         shape: Sizes; a string stands for a free size (``"batch"``), equal wherever it is repeated.
         dtype: One of ``DTYPES``.
         kind: What it means: ``x`` (state), ``t`` (timestep label), ``class``, ``w`` (guidance),
-            ``raw`` (prediction); further kinds belong to later networks.
+            ``raw`` (prediction); ``tokens`` of prompts, ``text`` and ``pooled`` (their embeddings);
+            ``image``, ``latent``; further kinds belong to later networks.
     """
 
     name: str
@@ -75,6 +78,23 @@ class Signature:
         return Signature(
             tuple(spec.with_batch(batch) for spec in self.inputs),
             tuple(spec.with_batch(batch) for spec in self.outputs),
+        )
+
+    def bind(self, **sizes: int) -> "Signature":
+        """Return the same signature with free sizes set by name, such as ``bind(length=77)``."""
+        return Signature(
+            *(
+                tuple(
+                    TensorSpec(
+                        spec.name,
+                        tuple(sizes.get(str(size), size) for size in spec.shape),
+                        spec.dtype,
+                        spec.kind,
+                    )
+                    for spec in side
+                )
+                for side in (self.inputs, self.outputs)
+            )
         )
 
     def input(self, kind: str) -> TensorSpec | None:

@@ -1,4 +1,4 @@
-"""Images with labels to train on and to measure against; numpy only."""
+"""Images with labels and captions to train on and to measure against; numpy only."""
 
 from edgedistill.data.dataset import ImageDataset as ImageDataset
 from edgedistill.data.dataset import Images as Images

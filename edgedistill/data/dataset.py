@@ -1,56 +1,143 @@
 """What a set of images is."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgedistill.errors import ConfigError
 
 
-class ImageDataset(Protocol):
-    """Anything with these two attributes can be trained on and measured against."""
+class Pixels(Protocol):
+    """Images by number: a numpy array, or `LazyPixels`."""
 
     @property
-    def images(self) -> np.ndarray:
+    def shape(self) -> tuple[int, ...]:
+        """(count, channels, height, width)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """Return the images at a slice or an array of numbers, float32 in [-1, 1]."""
+
+
+class ImageDataset(Protocol):
+    """Anything with these attributes can be trained on and measured against."""
+
+    @property
+    def images(self) -> Pixels:
         """float32 (count, channels, height, width) in [-1, 1]."""
 
     @property
     def labels(self) -> np.ndarray | None:
         """int64 (count,), or None for images without classes."""
 
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """One sentence per image, or None."""
+
+
+class LazyPixels:
+    """Images that are read when they are asked for; `numpy.asarray` reads them all.
+
+    Args:
+        count: Number of images.
+        read: Returns image i as 8-bit (height, width, channels).
+        name: Of the whole set, for messages.
+
+    Raises:
+        ConfigError: If there are no images, or, when one is read, its size is not that of the first.
+    """
+
+    dtype = np.dtype(np.float32)
+    ndim = 4
+
+    def __init__(self, count: int, read: Callable[[int], np.ndarray], name: str) -> None:
+        if not count:
+            msg = f"{name}: holds no image."
+            raise ConfigError(msg)
+        self._count, self._read, self._name = count, read, name
+        height, width, channels = read(0).shape
+        self.shape = (count, channels, height, width)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        numbers = np.arange(self._count)[
+            np.asarray(index) if not isinstance(index, slice) else index
+        ]
+        images = [self._one(int(number)) for number in np.atleast_1d(numbers)]
+        made = (
+            from_uint8(np.stack(images)) if images else np.zeros((0, *self.shape[1:]), self.dtype)
+        )
+        return made if numbers.ndim else made[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
+        if copy is False:
+            msg = f"{self._name}: images on disk become an array only by copying."
+            raise ValueError(msg)
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def _one(self, number: int) -> np.ndarray:
+        image = self._read(number)
+        channels, height, width = self.shape[1:]
+        if image.shape != (height, width, channels):
+            msg = f"{self._name}: image {number} is {image.shape}, but the first is {(height, width, channels)} (height, width, channels); all images must agree."
+            raise ConfigError(msg)
+        return image
+
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A set of images in memory.
+    """A set of images.
 
     Fields:
-        images: float32 (count, channels, height, width) in [-1, 1].
+        images: float32 (count, channels, height, width) in [-1, 1]; lazy ones are checked as they are read.
         labels: int64 (count,) from 0, or None.
+        captions: One sentence per image, or None.
 
     Raises:
-        ConfigError: If shapes, range or labels are not like that.
+        ConfigError: If shapes, range, labels or captions are not like that.
     """
 
-    images: np.ndarray
+    images: Pixels
     labels: np.ndarray | None = None
+    captions: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.images.ndim != 4 or not self.images.size:
-            problems.append(
-                f"images must be (count, channels, height, width), got {self.images.shape}"
-            )
-        elif self.images.dtype != np.float32 or not np.abs(self.images).max() <= 1:
-            problems.append(f"images must be float32 in [-1, 1], got {self.images.dtype}")
+        problems = _array_problems(self.images) if isinstance(self.images, np.ndarray) else []
         if self.labels is not None:
             if self.labels.shape != self.images.shape[:1]:
                 problems.append(f"{len(self.images)} images have {self.labels.shape} labels")
             elif self.labels.dtype != np.int64 or self.labels.min() < 0:
                 problems.append(f"labels must be int64 from 0, got {self.labels.dtype}")
+        if self.captions is not None and len(self.captions) != len(self.images):
+            problems.append(f"{len(self.images)} images have {len(self.captions)} captions")
         if problems:
             msg = f"Not a set of images: {'; '.join(problems)}."
             raise ConfigError(msg)
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def from_uint8(images: np.ndarray) -> np.ndarray:
+    """Map 0..255, channels last, to float32 in [-1, 1], channels first.
+
+    Raises:
+        ConfigError: If the shape is not (count, height, width, channels).
+    """
+    if images.ndim != 4:
+        msg = f"8-bit images must be (count, height, width, channels), got {images.shape}."
+        raise ConfigError(msg)
+    return np.ascontiguousarray((images / 127.5 - 1.0).astype(np.float32).transpose(0, 3, 1, 2))
+
+
+def _array_problems(images: np.ndarray) -> list[str]:
+    if images.ndim != 4 or not images.size:
+        return [f"images must be (count, channels, height, width), got {images.shape}"]
+    if images.dtype != np.float32 or not np.abs(images).max() <= 1:
+        return [f"images must be float32 in [-1, 1], got {images.dtype}"]
+    return []

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgedistill.data.dataset import Images
+from edgedistill.data.captions import load_captioned_digits
+from edgedistill.data.dataset import Images, from_uint8
 from edgedistill.data.digits import load_digits
 from edgedistill.errors import ConfigError
 
+NAMED = {"digits": load_digits, "captioned_digits": load_captioned_digits}
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow would clip them to 8 bits
 
@@ -26,8 +28,8 @@ def open_dataset(name: str, split: str = "train") -> Images:
     Raises:
         ConfigError: If there is nothing there, the images differ in size, or an array is not as above.
     """
-    if name == "digits":
-        return load_digits(split)
+    if name in NAMED:
+        return NAMED[name](split)
     path = Path(name)
     if (path / split).is_dir():
         return read_folder(path / split)
@@ -64,7 +66,7 @@ def read_npz(path: Path) -> Images:
         raise ConfigError(msg)
     images, labels = arrays["images"], arrays.get("labels")
     if images.dtype == np.uint8:
-        images = _from_uint8(images)
+        images = from_uint8(images)
     return Images(images, None if labels is None else labels.astype(np.int64))
 
 
@@ -87,7 +89,7 @@ def read_folder(folder: Path) -> Images:
             msg = f"{path}: is {image.shape}, but {files[0]} is {pixels[0].shape} (height, width, channels); all images must agree."
             raise ConfigError(msg)
     labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    return Images(_from_uint8(np.stack(pixels)), labels if classes else None)
+    return Images(from_uint8(np.stack(pixels)), labels if classes else None)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -108,11 +110,3 @@ def _read_image(path: Path) -> np.ndarray:
     except (UnidentifiedImageError, OSError) as error:
         msg = f"{path}: cannot be read as an image ({error})."
         raise ConfigError(msg) from error
-
-
-def _from_uint8(images: np.ndarray) -> np.ndarray:
-    """Map 0..255, channels last, to float32 in [-1, 1], channels first."""
-    if images.ndim != 4:
-        msg = f"8-bit images must be (count, height, width, channels), got {images.shape}."
-        raise ConfigError(msg)
-    return np.ascontiguousarray((images / 127.5 - 1.0).astype(np.float32).transpose(0, 3, 1, 2))

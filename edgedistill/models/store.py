@@ -9,16 +9,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from edgedistill.contract import BATCH, Signature, TensorSpec
+from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
+from edgedistill.models.conditional import build_conditional
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Constants that transformers wrote into weights until 4.31.
+_OLD_BUFFERS = ("text_model.embeddings.position_ids",)
+
+
+def _text_encoder(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.text import build_text_encoder
+
+    return build_text_encoder(config)
+
+
+def _autoencoder(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.vae import build_autoencoder
+
+    return build_autoencoder(config)
+
+
+def _half_autoencoder(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.vae import build_half
+
+    return build_half(config)
 
 
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
+    "UNet2DConditionModel": build_conditional,
+    "CLIPTextModel": _text_encoder,
+    "AutoencoderKL": _autoencoder,
+    "AutoencoderTiny": _autoencoder,
+    "VaeEncoder": _half_autoencoder,
+    "VaeDecoder": _half_autoencoder,
     "ExtendedUNet2DModel": build_extended,
 }
 
@@ -29,15 +56,26 @@ def build(config: Mapping[str, Any], source: str = "config") -> nn.Module:
     Raises:
         BundleError: If `_class_name` is not one that this release knows, or the values make no network.
     """
-    kind = config.get("_class_name")
+    kind = class_name(config)
     if kind not in BUILDERS:
         msg = f"{source}: `_class_name` {kind!r} is not known; this release reads {', '.join(BUILDERS)}."
         raise BundleError(msg)
     try:
-        return BUILDERS[kind](dict(config))
+        return BUILDERS[str(kind)]({**config, "_class_name": kind})
     except (ValueError, TypeError, KeyError) as error:
         msg = f"{source}: no {kind} can be built from it ({' '.join(str(error).split())})."
         raise BundleError(msg) from error
+
+
+def class_name(config: Mapping[str, Any]) -> str | None:
+    """Return the class that a configuration is of, as diffusers or transformers writes it."""
+    named = config.get("_class_name")
+    return named or next(iter(config.get("architectures") or ()), None)
+
+
+def weights_file(network: nn.Module) -> str:
+    """Return the name of the file that holds a network's weights, which is the stock library's."""
+    return getattr(network, "weights_file", WEIGHTS)
 
 
 def load(folder: Path) -> nn.Module:
@@ -48,16 +86,25 @@ def load(folder: Path) -> nn.Module:
             or holds NaN or infinity.
     """
     network = build(read_json(folder / "config.json"), str(folder / "config.json"))
-    state = load_weights(folder / WEIGHTS)
+    weights = folder / weights_file(network)
+    state = _renamed(network, load_weights(weights))
     expected = network.state_dict()
     wrong = sorted(set(expected) ^ set(state)) or [
         name for name, value in state.items() if value.shape != expected[name].shape
     ]
     if wrong:
-        msg = f"{folder / WEIGHTS}: does not fit config.json at {', '.join(wrong[:3])}; the two belong to different networks."
+        msg = f"{weights}: does not fit config.json at {', '.join(wrong[:3])}; the two belong to different networks."
         raise BundleError(msg)
     network.load_state_dict(state)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def _renamed(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parameters of old checkpoints their names of today, as the stock libraries do."""
+    rename = getattr(network, "_fix_state_dict_keys_on_load", None)
+    if rename is not None:
+        rename(state)
+    return {name: value for name, value in state.items() if name not in _OLD_BUFFERS}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -108,13 +155,15 @@ def save_weights(
 def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and safetensors; a stock network's folder opens in diffusers."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {key: value for key, value in config_of(network).items() if not key.startswith("_")}
-    write_json(folder / "config.json", {"_class_name": type(network).__name__, **config})
+    whole = config_of(network)
+    config = {key: value for key, value in whole.items() if not key.startswith("_")}
+    kind = whole.get("_class_name", type(network).__name__)
+    write_json(folder / "config.json", {"_class_name": kind, **config})
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in network.state_dict().items()
     }
-    save_weights(state, folder / WEIGHTS, metadata={"format": "pt"})
+    save_weights(state, folder / weights_file(network), metadata={"format": "pt"})
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
@@ -132,8 +181,17 @@ def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     return getattr(made, "sample", made)
 
 
+def call_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Call a network by input names and return all that it answers, in the order of its signature."""
+    made = network(**inputs)
+    plain = getattr(made, "sample", made)
+    return tuple(plain) if isinstance(plain, tuple | list) else (plain,)
+
+
 def signature(network: nn.Module) -> Signature:
-    """Return what a network takes and gives, with a free batch."""
+    """Return what a network takes and gives, with a free batch; prompts are of a free ``length`` too."""
+    if isinstance(own := getattr(network, "signature", None), Signature):
+        return own
     config = config_of(network)
     size = config["sample_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
@@ -141,6 +199,8 @@ def signature(network: nn.Module) -> Signature:
         TensorSpec("sample", (BATCH, config["in_channels"], height, width), "float32", "x"),
         TensorSpec("timestep", (BATCH,), "float32", "t"),
     ]
+    if dim := config.get("cross_attention_dim"):
+        inputs.append(TensorSpec("encoder_hidden_states", (BATCH, LENGTH, dim), "float32", "text"))
     if config.get("num_class_embeds"):
         inputs.append(TensorSpec("class_labels", (BATCH,), "int32", "class"))
     inputs += [
