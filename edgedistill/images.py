@@ -30,6 +30,16 @@ def to_pil(images: np.ndarray, value_range: Sequence[float] = (-1.0, 1.0)) -> "l
     ]
 
 
+def from_pil(
+    image: "Image", channels: int, value_range: Sequence[float] = (-1.0, 1.0)
+) -> np.ndarray:
+    """Map a PIL image to float32 (channels, height, width) in `value_range`: grey for one channel, else RGB."""
+    low, high = value_range
+    pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32) / 255
+    planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return planes * np.float32(high - low) + np.float32(low)
+
+
 def grid(
     images: np.ndarray,
     columns: int | None = None,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedistill.conditions import network_conditions
+from edgedistill.conditions import Tokenize, network_conditions
 from edgedistill.models import store
 from edgedistill.noise import Bank, noise_bank
 from edgedistill.sampler import Network, run_table
@@ -25,7 +25,7 @@ def torch_networks(modules: Mapping[str, nn.Module]) -> dict[str, Network]:
 
 def _network(module: nn.Module) -> Network:
     signature = store.signature(module)
-    (output,) = signature.outputs
+    outputs = [spec.name for spec in signature.outputs]
     device = next(module.parameters()).device
 
     def run(given: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -35,7 +35,7 @@ def _network(module: nn.Module) -> Network:
             value = torch.as_tensor(given[spec.name], dtype=getattr(torch, spec.dtype)).to(device)
             inputs[spec.name] = value.expand(batch) if value.ndim == 0 else value
         with torch.no_grad():
-            return {output.name: store.call(module, inputs)}
+            return dict(zip(outputs, store.call_outputs(module, inputs), strict=True))
 
     return run
 
@@ -49,19 +49,21 @@ def sample_torch(
     guidance_scale: float | None = None,
     noise: Bank | None = None,
     batch: int = 250,
+    tokenize: Tokenize | None = None,
     **conditions: Any,
 ) -> np.ndarray:
     """Sample as `Pipeline` does, with torch networks that need not be exported.
 
     Args:
-        modules: By the names that the table calls.
+        modules: By the names that the table calls; those that no sample needs may be missing.
         table: The sampler.
         count: Number of samples.
         seed: Sample i is made from ``seed + i``, whatever the batch.
         guidance_scale: g; None: the table's default.
         noise: A noise bank to use instead of the seed.
         batch: Samples at a time.
-        **conditions: As `Pipeline`; classes that are left out are taken in turn.
+        tokenize: Turns prompts into tokens, such as `Tokenizer.encode`.
+        **conditions: As `network_conditions`; classes that are left out are taken in turn.
 
     Returns:
         float32 (count, channels, height, width).
@@ -69,7 +71,7 @@ def sample_torch(
     Raises:
         ContractError: If the conditions, the noise or the networks do not fit the table.
     """
-    given = network_conditions(table, count, guidance_scale, conditions)
+    given = network_conditions(table, count, guidance_scale, conditions, tokenize)
     networks = torch_networks(modules)
     device = next(next(iter(modules.values())).parameters()).device
     pieces = []
