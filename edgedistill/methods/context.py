@@ -11,7 +11,6 @@ from edgedistill.errors import ConfigError
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.unet import SCALES, Inputs, extend
 from edgedistill.prediction import PredictionType
-from edgedistill.rows import Range
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
 
@@ -45,7 +44,7 @@ class Context:
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
     )
-    clamp: Range | None = (-1.0, 1.0)
+    clamp: tuple[float, float] | None = (-1.0, 1.0)
 
     @property
     def schedule(self) -> Schedule:

@@ -1,12 +1,27 @@
 """The methods by name: the settings that a recipe gives, and the plan that they make."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from edgedistill.methods import guided
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Plan
 
-PLANS: Mapping[str, Callable[[Any, Context], Plan]] = {
-    "guided": guided.plan,
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Fields:
+        settings: A frozen dataclass whose fields all have defaults.
+        plan: Lays out roles, phases and students.
+    """
+
+    settings: type
+    plan: Callable[[Any, Context], Plan]
+
+
+METHODS: Mapping[str, Method] = {
+    "guided": Method(guided.GuidedSettings, guided.plan),
 }

@@ -21,7 +21,7 @@ from edgedistill.errors import ConfigError
 from edgedistill.files import write_json, written_aside
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Batch, Emission, Phase, Plan, Subset
-from edgedistill.methods.registry import PLANS
+from edgedistill.methods.registry import METHODS
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser, plain_network
 from edgedistill.models.run import sample_torch
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe) -> Prepared:
         msg = f"Teacher {recipe.teacher!r} knows classes 0..{teacher.classes - 1}; data {recipe.data!r} must be labelled with these."
         raise ConfigError(msg)
     batches = ImageBatches(images.images, labels, teacher.null, recipe.seed)
-    plan = PLANS[recipe.method](recipe.settings, _context(recipe, teacher))
+    plan = METHODS[recipe.method].plan(recipe.settings, _context(recipe, teacher))
     subsets = {name: batches.subset(chosen) for name, chosen in plan.subsets.items()}
     return Prepared(recipe, teacher, {"data": batches, **subsets}, plan)
 

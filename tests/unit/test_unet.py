@@ -145,7 +145,7 @@ def test_storage_keeps_every_bit_and_a_stock_folder_opens_in_diffusers(
     torch.nn.init.normal_(guided.time_embedding.cond_proj.weight)
     store.save(guided, tmp_path / "guided")
     w = torch.rand(5)
-    assert torch.equal(store.load(tmp_path / "guided")(x, t, c, w), guided(x, t, c, w=w))
+    assert torch.equal(store.load(tmp_path / "guided")(x, t, c, w=w), guided(x, t, c, w=w))
     store.save(stock, tmp_path / "stock")
     opened = UNet2DModel.from_pretrained(tmp_path / "stock")
     assert torch.equal(opened(x, t, c).sample, stock(x, t, c).sample)
