@@ -188,13 +188,6 @@ def call_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tens
     return tuple(plain) if isinstance(plain, tuple | list) else (plain,)
 
 
-def call_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Call a network by input names and return all that it answers, in the order of its signature."""
-    made = network(**inputs)
-    plain = getattr(made, "sample", made)
-    return tuple(plain) if isinstance(plain, tuple | list) else (plain,)
-
-
 def signature(network: nn.Module) -> Signature:
     """Return what a network takes and gives, with a free batch; prompts are of a free ``length`` too."""
     if isinstance(own := getattr(network, "signature", None), Signature):
