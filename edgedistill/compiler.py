@@ -9,7 +9,9 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from edgedistill.errors import ConfigError
-from edgedistill.rows import CallOptions, Trail, consistency_row, ddim_row, jump_and_noise_row
+from edgedistill.mixture import CallOptions
+from edgedistill.prediction import prediction_of
+from edgedistill.rows import Trail, consistency_row, ddim_row, jump_and_noise_row
 from edgedistill.schedule import Schedule, check_num_steps
 from edgedistill.solvers import dpm_rows, euler_rows
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
@@ -75,7 +77,7 @@ def compile_scheduler(
         msg = f"Scheduler {name!r} cannot be compiled; choose one of {', '.join(FAMILIES)}."
         raise ConfigError(msg)
     family = FAMILIES[name]
-    kind = prediction_type or config.get("prediction_type") or "epsilon"
+    kind = str(prediction_type or prediction_of({**config, "_class_name": name}))
     full = {**family.defaults, **config, "_class_name": name, "prediction_type": kind, "eta": eta}
     for key, values in family.supported.items():
         if (value := full.get(key)) not in values:
@@ -94,7 +96,7 @@ def compile_scheduler(
         noise_count=1 + sum(row.noise is not None for row in rows),
         annotations={
             "scheduler": _plain(config, name),
-            "prediction_type": str(kind),
+            "prediction_type": kind,
             "num_steps": num_steps,
             "eta": eta,
         },

@@ -5,16 +5,19 @@ nothing but arithmetic, so that alpha and sigma may be floats, numpy arrays or t
 sees to it that nothing is divided by zero.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
 from edgedistill.errors import ConfigError
 
 Coefficients = tuple[Any, Any]
+SIGMA_DATA = 0.5
+"""Standard deviation of the data that EDM and the consistency models assume."""
 
 
 class PredictionType(StrEnum):
-    """What the network returns, in diffusers' spelling."""
+    """What the network returns."""
 
     EPSILON = "epsilon"
     """eps."""
@@ -22,13 +25,40 @@ class PredictionType(StrEnum):
     """x0."""
     V_PREDICTION = "v_prediction"
     """alpha*eps - sigma*x, where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, arXiv:2202.00512, appendix D)."""
-    FLOW_PREDICTION = "flow_prediction"
+    EDM = "edm"
+    """F of ``x0 = c_skip*z + c_out*F`` (Karras et al. 2022, arXiv:2206.00364, table 1), with z/alpha for their state."""
+    FLOW = "flow"
     """eps - x."""
 
     @classmethod
     def _missing_(cls, value: object) -> "PredictionType":
         msg = f"`prediction_type` must be one of {', '.join(cls)}, got {value!r}."
         raise ConfigError(msg)
+
+
+_NAMED_BY_CLASS = {
+    "EDMEulerScheduler": PredictionType.EDM,
+    "EDMDPMSolverMultistepScheduler": PredictionType.EDM,
+    "FlowMatchEulerDiscreteScheduler": PredictionType.FLOW,
+}
+
+
+def prediction_of(config: Mapping[str, Any]) -> PredictionType:
+    """Return what a diffusers scheduler configuration says that its network predicts.
+
+    The EDM schedulers call F "epsilon"; the flow schedulers say nothing.
+
+    Raises:
+        ConfigError: If the kind is not known, or is the negative F that EDM calls "v_prediction".
+    """
+    name, said = config.get("_class_name"), config.get("prediction_type") or "epsilon"
+    kind = _NAMED_BY_CLASS.get(str(name))
+    if kind is PredictionType.EDM and said not in ("epsilon", "edm"):
+        msg = f"`prediction_type` of a {name} must be epsilon, got {said!r}; networks of that sign cannot be read."
+        raise ConfigError(msg)
+    if kind is None and said == "flow_prediction":
+        return PredictionType.FLOW
+    return kind or PredictionType(said)
 
 
 def x0_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficients:
@@ -39,6 +69,9 @@ def x0_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficient
         return 0.0, 1.0
     if kind is PredictionType.V_PREDICTION:
         return alpha, -sigma
+    if kind is PredictionType.EDM:
+        scale = _edm_scale(alpha, sigma)
+        return alpha * (SIGMA_DATA / scale) ** 2, sigma * SIGMA_DATA / scale
     return 1 / (alpha + sigma), -sigma / (alpha + sigma)
 
 
@@ -50,6 +83,9 @@ def eps_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficien
         return 1 / sigma, -alpha / sigma
     if kind is PredictionType.V_PREDICTION:
         return sigma, alpha
+    if kind is PredictionType.EDM:
+        scale = _edm_scale(alpha, sigma)
+        return sigma / scale**2, -alpha * SIGMA_DATA / scale
     return 1 / (alpha + sigma), alpha / (alpha + sigma)
 
 
@@ -61,4 +97,22 @@ def raw_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficien
         return 0.0, 1.0
     if kind is PredictionType.V_PREDICTION:
         return alpha / sigma, -1 / sigma
+    if kind is PredictionType.EDM:
+        scale = _edm_scale(alpha, sigma)
+        return -alpha * SIGMA_DATA / (sigma * scale), scale / (sigma * SIGMA_DATA)
     return 1 / sigma, -(alpha + sigma) / sigma
+
+
+def boundary_coefficients(t: Any, timestep_scaling: float = 10.0) -> Coefficients:
+    """Return (c_skip, c_out) of a consistency model's ``c_skip*z + c_out*x0``: (1, 0) at label t = 0.
+
+    See Luo et al. 2023, arXiv:2310.04378, with the scaling of t that its reference code applies.
+    """
+    scaled = t * timestep_scaling
+    square = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / square, scaled / square**0.5
+
+
+def _edm_scale(alpha: Any, sigma: Any) -> Any:
+    """Standard deviation of the state where that of the data is `SIGMA_DATA`."""
+    return (sigma**2 + (alpha * SIGMA_DATA) ** 2) ** 0.5

@@ -1,4 +1,8 @@
-"""The noise schedule: alpha and sigma of every timestep, with the same numbers that diffusers uses.
+"""The noise schedule: alpha, sigma and the network's view of every time, with the numbers that diffusers uses.
+
+A time is a label, an integer from 0 (cleanest) to T - 1 (noisiest), in every family: the betas of a
+variance-preserving schedule, the noise levels of EDM (Karras et al. 2022, arXiv:2206.00364), the shifted
+times of a rectified flow.
 
 diffusers makes its betas in float32 and multiplies them up with a float64 accumulator, and networks were
 trained on what came out. Near t = 0 an error of 1e-7 in alpha^2 is one of 1e-4 in sigma^2, so a schedule
@@ -8,52 +12,75 @@ everything after alpha^2 is float64.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from edgedistill.errors import ConfigError
+from edgedistill.prediction import SIGMA_DATA
 
-_LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 _PIXEL = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
-_DEFAULTS = {"LCMScheduler": _LATENT, "TCDScheduler": _LATENT}
+_LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+_EDM = {
+    "num_train_timesteps": 1000,
+    "rho": 7.0,
+    "sigma_data": SIGMA_DATA,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "sigma_schedule": "karras",
+}
+_FLOW = {"num_train_timesteps": 1000, "shift": 1.0}
 SPACINGS = ("leading", "trailing", "linspace")
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A variance-preserving schedule ``z_t = alphas[t]*x + sigmas[t]*eps``.
+    """``z_t = alphas[t]*x + sigmas[t]*eps``, and how a network is told of t.
 
     Fields:
-        alphas, sigmas: float64 [T]; index 0 is the cleanest timestep.
-        final: (alpha, sigma) after the last step: (1, 0), or those of timestep 0.
+        alphas, sigmas: float64 [T]; index 0 is the cleanest label, sigma/alpha rises with the label.
+        feeds: float64 [T]; what the network is fed as its time: the label itself, ln(sigma)/4 of EDM,
+            ``num_train_timesteps * sigma`` of a flow.
+        in_scales: float64 [T]; multiply the state before the network sees it.
+        final: (alpha, sigma) after the last step: (1, 0), or those of label 0.
+        first_scale: Scale of the noise that sampling starts from.
     """
 
     alphas: np.ndarray
     sigmas: np.ndarray
+    feeds: np.ndarray
+    in_scales: np.ndarray
     final: tuple[float, float] = (1.0, 0.0)
+    first_scale: float = 1.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Schedule":
         """Build the schedule of a diffusers scheduler configuration; absent keys take diffusers' defaults.
 
+        Without ``_class_name`` the configuration is one of betas.
+
         Raises:
-            ConfigError: If the beta schedule is unknown or its numbers make no schedule.
+            ConfigError: If the class or a setting is unknown, or its numbers make no schedule.
         """
-        full = {**_DEFAULTS.get(config.get("_class_name", ""), _PIXEL), **config}
-        betas = _betas(full)
-        if full.get("rescale_betas_zero_snr"):
-            betas = _zero_terminal_snr(betas)
-        alphas, sigmas = _alphas_sigmas(_cumulative(betas))
-        to_one = full.get("set_alpha_to_one", True)
-        return cls(alphas, sigmas, (1.0, 0.0) if to_one else (float(alphas[0]), float(sigmas[0])))
+        name = config.get("_class_name") or "DDPMScheduler"
+        if name not in _FAMILIES:
+            msg = f"The noise schedule of a {name} is not known; known are {', '.join(_FAMILIES)}."
+            raise ConfigError(msg)
+        make, defaults = _FAMILIES[name]
+        return make({**defaults, **config})
 
     @property
     def num_train_timesteps(self) -> int:
-        """T: timesteps run from T - 1 (noise) to 0."""
+        """T: labels run from T - 1 (noise) to 0."""
         return len(self.alphas)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """The noise level sigma/alpha of every label, float64 [T]; infinite where alpha is 0."""
+        with np.errstate(divide="ignore"):
+            return self.sigmas / self.alphas
 
     def alpha_sigma(self, t: int) -> tuple[float, float]:
         """Return (alpha, sigma) at a timestep; -1 stands for "after the last step".
@@ -65,6 +92,55 @@ class Schedule:
             msg = f"Timestep must lie in [-1, {self.num_train_timesteps - 1}], got {t}."
             raise ConfigError(msg)
         return self.final if t == -1 else (float(self.alphas[t]), float(self.sigmas[t]))
+
+    @overload
+    def label_of(self, level: float) -> int: ...
+    @overload
+    def label_of(self, level: np.ndarray) -> np.ndarray: ...
+    def label_of(self, level: float | np.ndarray) -> int | np.ndarray:
+        """Return the label whose noise level sigma/alpha is nearest to `level`, in their logarithm.
+
+        Args:
+            level: A number of at least 0, or an array of such; an array gives an int64 array of its shape.
+        """
+        levels = self.levels
+        found = np.searchsorted(np.sqrt(levels[:-1] * levels[1:]), level, side="right")
+        return found if isinstance(level, np.ndarray) else int(found)
+
+    def polynomial(
+        self,
+        count: int,
+        rho: float = 7.0,
+        sigma_max: float | None = None,
+        sigma_min: float | None = None,
+    ) -> tuple[int, ...]:
+        """Return `count` descending labels that are evenly spread in sigma/alpha to the power of 1/rho.
+
+        These are the nearest labels to Karras' time stamps (arXiv:2206.00364, equation 5), both ends
+        counted. Where alpha is 0 at label T - 1, the stamps are spread from the level below it.
+
+        Args:
+            count: At least 2.
+            rho: How much the low levels are favoured.
+            sigma_max: Highest sigma/alpha; None: that of label T - 1.
+            sigma_min: Lowest sigma/alpha; None: that of label 0.
+
+        Raises:
+            ConfigError: If the levels do not fall, or two stamps have the same nearest label.
+        """
+        levels = self.levels
+        high = levels[np.isfinite(levels)][-1] if sigma_max is None else sigma_max
+        low = levels[0] if sigma_min is None else sigma_min
+        if count < 2 or not 0 < low < high:
+            msg = f"Time stamps need a count of at least 2 and 0 < sigma_min < sigma_max, got {count}, {low} and {high}."
+            raise ConfigError(msg)
+        labels = self.label_of(karras_levels(high, low, count, rho))
+        if sigma_max is None:
+            labels[0] = self.num_train_timesteps - 1
+        if np.any(np.diff(labels) >= 0):
+            msg = f"The schedule is too coarse for {count} time stamps from {high:.4g} to {low:.4g}: their labels {labels.tolist()} do not fall; ask for fewer."
+            raise ConfigError(msg)
+        return tuple(labels.tolist())
 
     def timesteps(
         self, num_steps: int, spacing: str = "trailing", steps_offset: int = 0
@@ -110,6 +186,127 @@ def check_num_steps(num_steps: int, limit: int) -> None:
     if not 1 <= num_steps <= limit:
         msg = f"The number of steps must lie in [1, {limit}], got {num_steps}."
         raise ConfigError(msg)
+
+
+def karras_levels(high: float, low: float, count: int, rho: float = 7.0) -> np.ndarray:
+    """Spread levels evenly in their rho-th root, falling (arXiv:2206.00364, equation 5); float64 [count]."""
+    ramp = np.linspace(0, 1, count)
+    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
+
+
+def edm_levels(full: Mapping[str, Any], count: int) -> np.ndarray:
+    """Return falling noise levels, float64 [count] of float32 numbers.
+
+    Args:
+        full: A configuration of diffusers' EDM schedulers, absent keys filled in.
+        count: At least 1.
+
+    Raises:
+        ConfigError: If the spread of levels is not known, or its ends make no levels.
+    """
+    low, high, rho = _numbers(full, "sigma_min", "sigma_max", "rho")
+    if not (0 < low < high < math.inf and rho > 0):
+        msg = f"An EDM schedule needs 0 < sigma_min < sigma_max and rho > 0, got {low}, {high} and {rho}."
+        raise ConfigError(msg)
+    if full["sigma_schedule"] == "karras":
+        return karras_levels(high, low, count, rho).astype(np.float32).astype(np.float64)
+    if full["sigma_schedule"] == "exponential":
+        return np.exp(_linspace(math.log(low), math.log(high), count))[::-1].astype(np.float64)
+    msg = f"`sigma_schedule` must be karras or exponential, got {full['sigma_schedule']!r}."
+    raise ConfigError(msg)
+
+
+def _edm(full: Mapping[str, Any]) -> Schedule:
+    """Make T noise levels (arXiv:2206.00364, table 1): alpha is 1, and the network sees unit variance."""
+    if full["sigma_data"] != SIGMA_DATA:
+        msg = f"`sigma_data` of an EDM schedule must be {SIGMA_DATA}, got {full['sigma_data']!r}."
+        raise ConfigError(msg)
+    sigmas = edm_levels(full, _count(full))[::-1].copy()
+    return Schedule(
+        np.ones_like(sigmas),
+        sigmas,
+        feeds=np.log(sigmas) / 4,
+        in_scales=1 / np.hypot(sigmas, SIGMA_DATA),
+        first_scale=float(full["sigma_max"]),
+    )
+
+
+def _flow(full: Mapping[str, Any]) -> Schedule:
+    """Make the T shifted times of a rectified flow: sigma = t, alpha = 1 - t."""
+    for key in ("use_dynamic_shifting", "invert_sigmas"):
+        if full.get(key):
+            msg = f"`{key}` of a {full['_class_name']} must be False, got {full[key]!r}."
+            raise ConfigError(msg)
+    T, (shift,) = _count(full), _numbers(full, "shift")
+    if not 0 < shift < math.inf:
+        msg = f"`shift` of a flow's schedule must be above 0, got {shift}."
+        raise ConfigError(msg)
+    sigmas = shifted(np.arange(1, T + 1, dtype=np.float32) / np.float32(T), shift)
+    sigmas = sigmas.astype(np.float64)
+    return Schedule(1 - sigmas, sigmas, feeds=T * sigmas, in_scales=np.ones(T))
+
+
+def shifted(times: np.ndarray, shift: float) -> np.ndarray:
+    """Shift the times of a flow towards noise (Esser et al. 2024, arXiv:2403.03206), in their own precision."""
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def _count(full: Mapping[str, Any]) -> int:
+    (T,) = _numbers(full, "num_train_timesteps")
+    if T < 2 or not T.is_integer():
+        msg = f"`num_train_timesteps` must be a whole number of at least 2, got {T}."
+        raise ConfigError(msg)
+    return int(T)
+
+
+def _numbers(full: Mapping[str, Any], *keys: str) -> list[float]:
+    try:
+        return [float(full[key]) for key in keys]
+    except (TypeError, ValueError) as error:
+        msg = f"The scheduler's {' and '.join(keys)} must be numbers ({error})."
+        raise ConfigError(msg) from error
+
+
+def _variance_preserving(full: Mapping[str, Any]) -> Schedule:
+    if full.get("use_flow_sigmas"):
+        msg = "`use_flow_sigmas` makes a flow of this scheduler; configure a FlowMatchEulerDiscreteScheduler instead."
+        raise ConfigError(msg)
+    betas = _betas(full)
+    if full.get("rescale_betas_zero_snr"):
+        betas = _zero_terminal_snr(betas)
+    alphas, sigmas = _alphas_sigmas(_cumulative(betas))
+    to_one = full.get("set_alpha_to_one", True)
+    return Schedule(
+        alphas,
+        sigmas,
+        feeds=np.arange(len(alphas), dtype=np.float64),
+        in_scales=np.ones(len(alphas)),
+        final=(1.0, 0.0) if to_one else (float(alphas[0]), float(sigmas[0])),
+    )
+
+
+_FAMILIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], Schedule], Mapping[str, Any]]] = {
+    **{
+        f"{name}Scheduler": (_variance_preserving, _PIXEL)
+        for name in (
+            "DDPM",
+            "DDIM",
+            "DEISMultistep",
+            "DPMSolverMultistep",
+            "DPMSolverSinglestep",
+            "EulerAncestralDiscrete",
+            "EulerDiscrete",
+            "LMSDiscrete",
+            "UniPCMultistep",
+        )
+    },
+    "PNDMScheduler": (_variance_preserving, {**_PIXEL, "set_alpha_to_one": False}),
+    "LCMScheduler": (_variance_preserving, _LATENT),
+    "TCDScheduler": (_variance_preserving, _LATENT),
+    "EDMEulerScheduler": (_edm, _EDM),
+    "EDMDPMSolverMultistepScheduler": (_edm, _EDM),
+    "FlowMatchEulerDiscreteScheduler": (_flow, _FLOW),
+}
 
 
 def _betas(config: Mapping[str, Any]) -> np.ndarray:

@@ -5,15 +5,16 @@ and rounded to float32. A level has alpha = 1/sqrt(level^2 + 1), whether or not 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from edgedistill.errors import ConfigError
+from edgedistill.mixture import CallOptions, networks_of
 from edgedistill.prediction import PredictionType, x0_coefficients
-from edgedistill.rows import CallOptions, Trail
+from edgedistill.rows import MAX_ORDER, Trail, multistep_row
 from edgedistill.schedule import Schedule, check_num_steps
 from edgedistill.table import Next, Row
 
@@ -88,6 +89,53 @@ def dpm_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> T
     return rows, 1.0
 
 
+def multistep_rows(
+    schedule: Schedule,
+    times: Sequence[int],
+    prediction_type: str,
+    *,
+    order: int = MAX_ORDER,
+    lower_order_final: bool = True,
+    **options: Unpack[CallOptions],
+) -> list[Row]:
+    """Build the rows of DPM-Solver++ over any labels (Lu et al. 2022, arXiv:2211.01095).
+
+    Args:
+        schedule: The noise schedule.
+        times: Falling labels, the last of which (it may be -1) is where the last row ends.
+        prediction_type: What the network returns.
+        order: At most 3; the first rows have less, as has a row that ends without noise.
+        lower_order_final: Whether the last rows fall back to second and first order.
+        **options: How rows call the network.
+
+    Raises:
+        ConfigError: If the times do not fall, or the prediction leaves x0 undefined at one of them.
+    """
+    count = len(times) - 1
+    orders = solver_orders(count, order, count if lower_order_final else 0)
+    if count and schedule.alpha_sigma(times[-1])[1] == 0:
+        orders[-1] = 1
+    return [
+        multistep_row(
+            schedule,
+            times[i],
+            times[i + 1],
+            prediction_type,
+            past=times[i - now + 1 : i][::-1],
+            **options,
+        )
+        for i, now in enumerate(orders)
+    ]
+
+
+def solver_orders(count: int, order: int, lowered: int) -> list[int]:
+    """Return the order of each of `count` steps: one more than the step before has, up to `order`.
+
+    The last `lowered` steps do not look back further than is left to go.
+    """
+    return [min(order, i + 1, count - i if i >= count - lowered else order) for i in range(count)]
+
+
 def _dpm_next(levels: tuple[float, ...], *, first_order: bool) -> Next:
     """Step from the second-last of `levels` to the last; in log(level), the second order extrapolates x0."""
     now, after = levels[-2:]
@@ -112,7 +160,7 @@ def _row(
     t = path.times[index]
     following = path.times[index + 1] if index + 1 < len(path.times) else -1.0
     return Row(
-        call=(options.get("network", "unet"),),
+        call=networks_of(options),
         feeds={options.get("feeds_name", "timestep"): t},
         in_scale=in_scale,
         guidance_scale=options.get("guidance_scale"),

@@ -12,7 +12,8 @@ from typing import Any
 
 from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ConfigError
-from edgedistill.rows import BUILDERS, CallOptions
+from edgedistill.mixture import CallOptions
+from edgedistill.rows import BUILDERS
 from edgedistill.schedule import Schedule
 from edgedistill.table import Row, SamplerTable
 
