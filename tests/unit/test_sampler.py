@@ -14,8 +14,9 @@ import pytest
 from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ContractError
 from edgedistill.noise import noise_bank
+from edgedistill.router import Router
 from edgedistill.sampler import RowTrace, enter_stage, run_row, run_table
-from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
+from edgedistill.table import Blend, Condition, Guidance, Next, Row, SamplerTable, Stage
 
 SHAPE = (1, 4, 4)
 LABELS = (Condition("class_labels", "class", 10),)
@@ -170,6 +171,7 @@ def test_the_batch_does_not_change_a_seeded_sample() -> None:
 REPLAY = """
 import hashlib, sys
 from edgedistill.noise import noise_bank
+from edgedistill.router import Router
 from edgedistill.sampler import run_table
 from edgedistill.table import SamplerTable
 from pathlib import Path
@@ -227,6 +229,169 @@ def test_a_later_stage_starts_from_scaled_noise_plus_what_it_carries() -> None:
     first, fresh = noise(2)
     got = run_table(table, {}, [first, fresh], {})
     assert np.array_equal(got, fresh * 0.5 + first * 2.0 * 0.25)
+
+
+CASCADE = SamplerTable(
+    (
+        Stage((1, 2, 2), (ROW, dataclasses.replace(ROW, next=Next(x0=1.0)))),
+        Stage(
+            SHAPE,
+            (
+                dataclasses.replace(ROW, next=Next(x0=0.5, noise=0.5), noise=3),
+                dataclasses.replace(ROW, next=Next(x0=1.0)),
+            ),
+            init_noise=(2.0, 1),
+            carry="up_nearest",
+            carry_scale=0.5,
+            carry_to="image",
+            carry_noise=(0.25, 2),
+        ),
+    ),
+    4,
+)
+
+
+def guided_by_image(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return {"out_sample": net(feeds)["out_sample"] + feeds["image"] * 0.125}
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_cascade_is_a_loop_by_hand(library: str) -> None:
+    convert = pytest.importorskip(library).asarray
+    generator = np.random.default_rng(3)
+    shapes = [(1, 2, 2), SHAPE, SHAPE, SHAPE]
+    bank = [generator.standard_normal((2, *s), dtype=np.float32) for s in shapes]
+    got = run_table(CASCADE, {"unet": guided_by_image}, [convert(n) for n in bank], {})
+
+    def x0(z: np.ndarray, image: np.ndarray) -> np.ndarray:
+        raw = guided_by_image({"sample": z, "timestep": 500.0, "image": image})["out_sample"]
+        return z - 0.5 * raw
+
+    blank = np.zeros_like(bank[0])
+    z = 0.25 * bank[0] + 0.75 * x0(bank[0], blank)
+    small = x0(z, blank)
+    image = 0.5 * small.repeat(2, axis=2).repeat(2, axis=3) + 0.25 * bank[2]
+    z = 0.5 * x0(2.0 * bank[1], image) + 0.5 * bank[3]
+    assert np.allclose(np.asarray(got), x0(z, image), rtol=1e-6, atol=1e-6)
+    assert CASCADE.effective_nfe == 2 / 4 + 2
+    assert CASCADE.nfe == 4
+
+
+def test_forced_rows_start_from_the_other_run() -> None:
+    rows = (ROW, dataclasses.replace(ROW, next=Next(x0=0.5, z=0.5, previous=(0.25,))))
+    table = SamplerTable((Stage(SHAPE, rows),), 1)
+    (z,) = noise(1)
+    kept: list[RowTrace] = []
+    run_table(table, {"unet": net}, [z], {}, kept.append)
+    other = [{**vars(trace), "state": trace.state + 1, "x0": trace.x0 + 1} for trace in kept]
+    forced: list[RowTrace] = []
+    run_table(table, {"unet": net}, [z], {}, forced.append, other)
+    assert np.array_equal(forced[1].state, kept[1].state + 1)
+    raw = net({"sample": kept[1].state + 1, "timestep": 500.0})["out_sample"]
+    x0 = kept[1].state + 1 - 0.5 * raw
+    looked_back = 0.5 * x0 + 0.5 * (kept[1].state + 1) + 0.25 * (kept[0].x0 + 1)
+    assert np.allclose(forced[1].next, looked_back, rtol=1e-6, atol=1e-6)
+    again: list[RowTrace] = []
+    run_table(table, {"unet": net}, [z], {}, again.append, [vars(trace) for trace in kept])
+    assert all(np.array_equal(a.next, b.next) for a, b in zip(again, kept, strict=True))
+
+
+PICTURES = (
+    Condition("image", "image", shape=SHAPE, value_range=(-1.0, 1.0)),
+    Condition("mask", "mask", shape=SHAPE),
+)
+
+
+def test_a_blend_draws_where_the_mask_is_one_and_keeps_where_it_is_zero() -> None:
+    z, fresh = noise(2)
+    image = np.tanh(noise(3)[2])
+    row = dataclasses.replace(ROW, blend=Blend(0.75, 0.5, 1))
+    table = SamplerTable((Stage(SHAPE, (row,)),), 2, conditions=PICTURES)
+
+    def run(mask: np.ndarray) -> np.ndarray:
+        return run_table(table, {"unet": net}, [z, fresh], {"image": image, "mask": mask})
+
+    ones = np.ones_like(z)
+    plain = run_table(one(ROW), {"unet": net}, [z], {})
+    assert np.array_equal(run(ones), plain)
+    assert np.array_equal(run(ones * 0), 0.75 * image + 0.5 * fresh)
+    assert np.allclose(run(ones / 4), plain / 4 + (0.75 * image + 0.5 * fresh) * 0.75, atol=1e-6)
+
+
+def test_a_first_state_may_hold_an_image() -> None:
+    (z,) = noise(1)
+    image = np.tanh(z)
+    stage = Stage(SHAPE, (Row((), next=Next(z=1.0)),), (0.5, 0), init_image=(0.8, "image"))
+    table = SamplerTable((stage,), 1, conditions=PICTURES[:1])
+    assert np.array_equal(run_table(table, {}, [z], {"image": image}), z * 0.5 + image * 0.8)
+
+
+TEXT = Condition(
+    "encoder_hidden_states",
+    "text",
+    encoder="text_encoder",
+    tokenizer="tokenizer.json",
+    length=3,
+    examples=("a four", "a seven"),
+)
+
+
+def encode(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    hidden = feeds["input_ids"][:, :, None] / 8.0
+    return {"encoder_hidden_states": hidden, "pooled": hidden[:, 0]}
+
+
+def told(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    shift = feeds["encoder_hidden_states"].mean((1, 2)).reshape(-1, 1, 1, 1)
+    return {"out_sample": net(feeds)["out_sample"] + shift}
+
+
+def test_tokens_are_encoded_once_and_the_null_text_stands_in_for_no_condition() -> None:
+    row = dataclasses.replace(ROW, guidance_scale=3.0)
+    cfg = Guidance("cfg", None, 3.0, (1.0, 4.0), {TEXT.name: ""})
+    table = SamplerTable((Stage(SHAPE, (row, row)),), 1, guidance=cfg, conditions=(TEXT,))
+    assert table.networks == ("unet", "text_encoder")
+    (z,) = noise(1)
+    ids = np.array([[1, 5, 2], [1, 7, 2]], np.int32)
+    null = np.array([[1, 2, 2]] * 2, np.int32)
+    calls = []
+
+    def counted(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        calls.append(feeds)
+        return encode(feeds)
+
+    networks = {"unet": told, "text_encoder": counted}
+    got = run_table(table, networks, [z], {"input_ids": ids, "null.input_ids": null})
+    assert len(calls) == 2
+    hidden, empty = (encode({"input_ids": x})["encoder_hidden_states"] for x in (ids, null))
+    given = {TEXT.name: hidden, f"null.{TEXT.name}": empty}
+    assert np.array_equal(run_table(table, {"unet": told}, [z], given), got)
+
+    def raw(z: np.ndarray, text: np.ndarray) -> np.ndarray:
+        return told({"sample": z, "timestep": 500.0, TEXT.name: text})["out_sample"]
+
+    state = z
+    for _ in range(2):
+        guided = raw(state, empty) + 3 * (raw(state, hidden) - raw(state, empty))
+        state = 0.25 * state + 0.75 * (state - 0.5 * guided)
+    assert np.allclose(got, state, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ContractError, match=r"needs the null text .* as `null\.input_ids`"):
+        run_table(table, networks, [z], {"input_ids": ids})
+
+
+def test_students_may_be_chosen_by_what_the_text_encoder_makes() -> None:
+    router = Router("sign_planes", "pooled", 2, planes=((1.0,),), bias=(-0.5,))
+    table = SamplerTable((Stage(SHAPE, (ROW,)),), 1, conditions=(TEXT,), router=router)
+    (z,) = noise(1)
+    ids = np.array([[4, 5, 2], [3, 7, 2]], np.int32)
+    networks = {
+        "unet.0": lambda feeds: {"out_sample": feeds["sample"] * 0 - 1},
+        "unet.1": lambda feeds: {"out_sample": feeds["sample"] * 0 + 1},
+        "text_encoder": encode,
+    }
+    got = run_table(table, networks, [z], {"input_ids": ids})
+    assert np.array_equal(got[0], z[0] * 0.25 + (z[0] - 0.5) * 0.75)
+    assert np.array_equal(got[1], z[1] * 0.25 + (z[1] + 0.5) * 0.75)
 
 
 def test_a_single_row_can_be_run_from_any_state() -> None:

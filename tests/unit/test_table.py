@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import BundleError, ConfigError
-from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
+from edgedistill.router import Router
+from edgedistill.table import Blend, Condition, Guidance, Next, Row, SamplerTable, Stage
 
 CALL = Row(("unet",), {"timestep": 999.0}, x0=(1.5, -1.0), next=Next(z=0.1, x0=0.9))
 NOISY = dataclasses.replace(CALL, next=Next(x0=0.9, noise=0.3), noise=1)
@@ -22,15 +23,38 @@ TABLE = SamplerTable(
         Stage((1, 4, 4), (NOISY, dataclasses.replace(CALL, next=Next(x0=1.0, previous=(-0.2,))))),
         Stage(
             (1, 8, 8),
-            (dataclasses.replace(CALL, clip=(-1.0, 1.0), note={"kind": "ddim", "t": 9, "s": -1}),),
+            (
+                dataclasses.replace(
+                    CALL,
+                    clip=(-1.0, 1.0),
+                    blend=Blend(0.9, 0.4, 4),
+                    note={"kind": "ddim", "t": 9, "s": -1},
+                ),
+            ),
             init_noise=(0.7, 2),
+            init_image=(0.3, "image"),
             carry="up_nearest",
             carry_scale=0.5,
+            carry_to="small",
+            carry_noise=(0.1, 3),
         ),
     ),
-    noise_count=3,
+    noise_count=5,
     guidance=Guidance("embedded", "w", 2.0, (1.0, 4.0)),
-    conditions=(Condition("class_labels", "class", 10),),
+    conditions=(
+        Condition("class_labels", "class", 4),
+        Condition("image", "image", shape=(1, 8, 8), value_range=(-1.0, 1.0)),
+        Condition("mask", "mask", shape=(1, 8, 8)),
+        Condition(
+            "encoder_hidden_states",
+            "text",
+            encoder="text_encoder",
+            tokenizer="tokenizer.json",
+            length=8,
+            examples=("a four",),
+        ),
+    ),
+    router=Router("class_table", "class_labels", 2, table=(0, 0, 1, 1)),
     clamp=(-1.0, 1.0),
     annotations={"method": "test", "scheduler": {"beta_schedule": "linear"}},
 )
@@ -90,7 +114,9 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
 def test_counts() -> None:
     assert TABLE.nfe == 3
     assert len(TABLE.rows) == 3
-    assert TABLE.networks == ("unet",)
+    assert TABLE.networks == ("unet.0", "unet.1", "text_encoder")
+    assert TABLE.effective_nfe == 2 / 4 + 1
+    assert TABLE.stages[1].noises == (2, 3, 4)
     guided = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
     conditions = (Condition("class_labels", "class", 10),)
     rows = (
@@ -100,6 +126,20 @@ def test_counts() -> None:
     table = SamplerTable((Stage((1, 2, 2), rows),), 1, guidance=guided, conditions=conditions)
     assert table.nfe == 2
     assert table.networks == ("guide", "unet")
+
+
+def test_a_table_of_the_first_release_is_read() -> None:
+    plain = dataclasses.replace(
+        TABLE, stages=TABLE.stages[:1], noise_count=2, conditions=TABLE.conditions[:1], router=None
+    )
+    data = plain.to_json()
+    del data["router"]
+    for name in ("init_image", "carry_to", "carry_noise"):
+        del data["stages"][0][name]
+    for row in data["stages"][0]["rows"]:
+        del row["blend"]
+    data["conditions"] = [{"name": "class_labels", "kind": "class", "size": 4}]
+    assert SamplerTable.from_json({**data, "spec_version": "1.0"}) == plain
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.7", "1"])
@@ -199,6 +239,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
 
 
 FIRST, SECOND = TABLE.stages
+_, PICTURE, _, TEXT = TABLE.conditions
 CFG = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
 
 
@@ -207,7 +248,7 @@ CFG = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
     [
         ({"stages": ()}, "needs a stage and every stage a row"),
         ({"stages": (dataclasses.replace(FIRST, rows=()),)}, "needs a stage and every stage a row"),
-        ({"noise_count": 4}, r"used once and in order, got \[0, 1, 2\] of 4"),
+        ({"noise_count": 4}, r"used once and in order, got \[0, 1, 2, 3, 4\] of 4"),
         ({"noise_count": 10**12}, "used once and in order"),
         ({"stages": (SECOND,)}, "the first stage carries nothing"),
         ({"stages": (FIRST, FIRST)}, "the first stage carries nothing, every later one something"),
@@ -247,6 +288,43 @@ CFG = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
             {"conditions": (Condition("prompt", "text"),)},
             "`prompt` of kind text is told by encoder, examples, length, tokenizer, got nothing",
         ),
+        ({"conditions": (Condition("x", "depth"),)}, "must be one of class, text, image, mask"),
+        ({"conditions": (PICTURE, PICTURE)}, "need names of their own"),
+        ({"conditions": (Condition("small", "class", 4),)}, "need names of their own"),
+        ({"conditions": (Condition("sample", "class", 4),)}, "need names of their own"),
+        (
+            {"conditions": (TEXT, dataclasses.replace(TEXT, name="other"))},
+            "a table takes one text",
+        ),
+        ({"conditions": (dataclasses.replace(PICTURE, size=3),)}, "of kind image is told by shape"),
+        (
+            {"conditions": (dataclasses.replace(PICTURE, shape=(1, 0, 8)),)},
+            "`image`: sizes must be positive",
+        ),
+        (
+            {"conditions": (dataclasses.replace(PICTURE, value_range=(1.0, 1.0)),)},
+            r"`image`: value range \[1\.0, 1\.0\] is empty",
+        ),
+        (
+            {"conditions": (dataclasses.replace(PICTURE, shape=(1, 4, 4)),)},
+            r"stage 1: needs a condition `image` of kind image and shape \[1, 8, 8\]",
+        ),
+        (
+            {"conditions": (PICTURE,)},
+            r"stage 1: needs a condition `mask` of kind mask and shape \[1, 8, 8\]",
+        ),
+        (
+            {"stages": (dataclasses.replace(FIRST, carry_to="small"),)},
+            "stage 0: there is nothing to carry",
+        ),
+        (
+            {"stages": (dataclasses.replace(FIRST, carry_noise=(0.1, 1)),)},
+            "stage 0: there is nothing to carry",
+        ),
+        (
+            {"guidance": Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": "none"})},
+            "a `null` value is a text for a text and a number for everything else",
+        ),
         ({"space": {"kind": "pixel"}}, r"space needs a `value_range` \[low, high\], got None"),
         ({"space": {"value_range": [1, 1]}}, "space needs a `value_range`"),
         ({"clamp": (1.0, -1.0)}, r"clamp range \[1\.0, -1\.0\] is empty"),
@@ -269,6 +347,9 @@ def test_tables_that_contradict_themselves_are_refused(
         ({"call": ()}, "calls no network and has no x0 or raw to use"),
         ({"noise": None}, "a noise index and a noise coefficient come together"),
         ({"guidance_scale": 2.0}, "`guidance_scale` is there exactly when"),
+        ({"blend": Blend(float("nan"))}, "the blend's coefficients must be finite"),
+        ({"blend": Blend(1.0, 0.5)}, "a blend's noise and its index come together"),
+        ({"blend": Blend(1.0, 0.0, 2)}, "a blend's noise and its index come together"),
         (
             {"next": Next(x0=0.9, noise=0.3, previous=(0.1,))},
             "uses the x0 of more rows than came before it",
