@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ examples:
   edgedistill distill examples/digits_guided.yaml -o student
   edgedistill distill examples/digits_guided.yaml -o student --set training.batch_size=32 --set seed=1
   edgedistill distill examples/digits_guided.yaml -o student --resume     # after a kill: bitwise the same
+  accelerate launch -m edgedistill distill RECIPE.yaml -o student         # on several devices, as configured there
 
 STUDENT holds the networks as diffusers writes them, the sampler table (sampler.json), the losses,
 TensorBoard events and sample grids (training/). Next: edgedistill export all -m STUDENT BUNDLE"""
@@ -63,8 +65,9 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command."""
     import torch
 
+    from edgedistill.training.describe import describe
     from edgedistill.training.recipe import Recipe
-    from edgedistill.training.run import describe, distill
+    from edgedistill.training.run import distill
 
     logging.basicConfig(format="edgedistill: %(message)s", level=logging.WARNING)
     if options.threads:
@@ -87,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
         "evaluations": student.table.nfe,
         "parameters": student.provenance["parameters"],
     }
+    if int(os.environ.get("RANK", "0")):
+        return 0  # one of several processes speaks
     if options.json:
         print(json.dumps(result, indent=1))
     else:

@@ -19,6 +19,22 @@ Networks = Mapping[str, nn.Module]
 Preview = Callable[[Networks, SamplerTable], np.ndarray]
 
 
+class Unwatched:
+    """Tells nobody anything."""
+
+    def begin(self, phase: Phase, position: Position) -> None:
+        """A phase begins."""
+
+    def step(self, phase: Phase, position: Position, losses: Mapping[str, float]) -> None:
+        """An iteration is done."""
+
+    def preview(self, student: Emission, position: Position, networks: Networks) -> None:
+        """A sample grid is due."""
+
+    def end(self) -> None:
+        """The run is over."""
+
+
 class RunLog:
     """Watches a run: tqdm on stderr, ``losses.jsonl``, TensorBoard events and ``samples/*.png``.
 

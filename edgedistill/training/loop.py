@@ -243,6 +243,9 @@ class Trainer:
                     self.accelerator.backward(_total(losses.terms) / pieces)
             for name, value in losses.terms.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / pieces
+        if self.accelerator.num_processes > 1:
+            # Every process must judge the step alike, and people see the loss of the whole batch.
+            sums = {name: self.accelerator.reduce(v, "mean") for name, v in sums.items()}
         return sums, done
 
     def _callable(self, role: str) -> nn.Module:
