@@ -13,7 +13,7 @@ from edgedistill.mixture import CallOptions
 from edgedistill.prediction import prediction_of
 from edgedistill.rows import Trail, consistency_row, ddim_row, jump_and_noise_row
 from edgedistill.schedule import Schedule, check_num_steps
-from edgedistill.solvers import dpm_rows, euler_rows
+from edgedistill.solvers import dpm_rows, edm_dpm_rows, edm_euler_rows, euler_rows, flow_rows
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
 
 Build = Callable[[Mapping[str, Any], int, CallOptions], Trail]
@@ -50,7 +50,7 @@ def compile_scheduler(
     num_steps: int,
     *,
     shape: tuple[int, int, int],
-    network: str = "unet",
+    network: str | tuple[str, ...] = "unet",
     prediction_type: str | None = None,
     scheduler_class: str | None = None,
     eta: float = 0.0,
@@ -62,7 +62,7 @@ def compile_scheduler(
         config: A diffusers scheduler configuration; ``_class_name`` says which scheduler.
         num_steps: Rows that call the network.
         shape: (channels, height, width) of the state.
-        network: Name of the network.
+        network: Name of the network, or several names in the order of their calls.
         prediction_type: What the network returns; None: what the configuration says.
         scheduler_class: Compile for this class instead of ``_class_name``.
         eta: DDIM's eta, TCD's gamma (its pipelines use 0.3); other schedulers have none.
@@ -132,7 +132,7 @@ def _ddim(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trai
         ddim_row(schedule, t, max(t - back, -1), kind, eta=eta, noise=index, **options)
         for index, t in enumerate(times, start=1)
     ]
-    return rows, 1.0
+    return rows, schedule.first_scale
 
 
 def _lcm(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
@@ -151,7 +151,7 @@ def _lcm(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail
         )
         for index, (t, s) in enumerate(itertools.pairwise([*times, -1]), start=1)
     ]
-    return rows, 1.0
+    return rows, schedule.first_scale
 
 
 def _tcd(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
@@ -165,7 +165,7 @@ def _tcd(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail
         )
         for index, (t, s) in enumerate(itertools.pairwise([*times, 0]), start=1)
     ]
-    return rows, 1.0
+    return rows, schedule.first_scale
 
 
 def _distilled_times(full: Mapping[str, Any], num_steps: int, T: int) -> list[int]:
@@ -202,6 +202,31 @@ _PLAIN_DESCENT = {
     "use_exponential_sigmas": (None, False),
 }
 
+_DPM = {
+    "algorithm_type": "dpmsolver++",
+    "euler_at_final": False,
+    "lower_order_final": True,
+    "solver_order": 2,
+    "solver_type": "midpoint",
+}
+_PLAIN_DPM = {
+    "algorithm_type": ("dpmsolver++",),
+    "solver_order": (1, 2, 3),
+    "solver_type": ("midpoint",),
+}
+_EDM = {
+    "final_sigmas_type": "zero",
+    "rho": 7.0,
+    "sigma_max": 80.0,
+    "sigma_min": 0.002,
+    "sigma_schedule": "karras",
+}
+_PLAIN_EDM = {
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "prediction_type": ("edm",),
+    "thresholding": (None, False),
+}
+
 FAMILIES: Mapping[str, Family] = {
     "DDIMScheduler": Family(
         _ddim,
@@ -217,23 +242,34 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "DPMSolverMultistepScheduler": Family(
         dpm_rows,
-        {
-            **_DESCENT,
-            "algorithm_type": "dpmsolver++",
-            "euler_at_final": False,
-            "lambda_min_clipped": -math.inf,
-            "lower_order_final": True,
-            "solver_order": 2,
-            "solver_type": "midpoint",
-        },
+        {**_DESCENT, **_DPM, "lambda_min_clipped": -math.inf},
         {
             **_PLAIN_DESCENT,
-            "algorithm_type": ("dpmsolver++",),
-            "solver_order": (1, 2),
-            "solver_type": ("midpoint",),
+            **_PLAIN_DPM,
             "use_flow_sigmas": (None, False),
             "use_lu_lambdas": (None, False),
             "variance_type": (None, "fixed_small"),
+        },
+    ),
+    "EDMEulerScheduler": Family(edm_euler_rows, _EDM, _PLAIN_EDM),
+    "EDMDPMSolverMultistepScheduler": Family(
+        edm_dpm_rows, {**_EDM, **_DPM}, {**_PLAIN_EDM, **_PLAIN_DPM}
+    ),
+    "FlowMatchEulerDiscreteScheduler": Family(
+        flow_rows,
+        {"shift": 1.0},
+        {
+            "prediction_type": ("flow",),
+            **dict.fromkeys(
+                (
+                    "shift_terminal",
+                    "stochastic_sampling",
+                    "use_beta_sigmas",
+                    "use_exponential_sigmas",
+                    "use_karras_sigmas",
+                ),
+                (None, False),
+            ),
         },
     ),
 }

@@ -1,7 +1,8 @@
-"""Rows of the solvers that walk down a list of noise levels sigma/alpha: Euler and DPM-Solver++.
+"""Rows of the solvers that walk down a list of noise levels: Euler and DPM-Solver++.
 
 The levels follow diffusers' arithmetic: interpolated between the schedule's own or spread by Karras' rule,
-and rounded to float32. A level has alpha = 1/sqrt(level^2 + 1), whether or not a timestep has the same one.
+and rounded to float32. A level sigma/alpha of a variance-preserving schedule has alpha =
+1/sqrt(level^2 + 1), whether or not a timestep has the same one.
 """
 
 import math
@@ -13,12 +14,15 @@ import numpy as np
 
 from edgedistill.errors import ConfigError
 from edgedistill.mixture import CallOptions, networks_of
-from edgedistill.prediction import PredictionType, x0_coefficients
+from edgedistill.multistep import Point, multistep_next
+from edgedistill.prediction import SIGMA_DATA, PredictionType, x0_coefficients
 from edgedistill.rows import MAX_ORDER, Trail, multistep_row
-from edgedistill.schedule import Schedule, check_num_steps
-from edgedistill.table import Next, Row
+from edgedistill.schedule import Schedule, check_num_steps, edm_levels, karras_levels, shifted
+from edgedistill.table import Row
 
-_RHO = 7.0
+Levels = tuple[
+    list[float], list[float]
+]  # the label of each row; sigma/alpha before each and after the last
 _ALPHA_AT_ZERO_SNR = 2.0**-12
 
 
@@ -27,12 +31,16 @@ class Descent:
     """The path of a solver.
 
     Fields:
-        times: The label that the network is fed at each row.
-        levels: sigma/alpha before each row, and after the last one.
+        times: The label of each row; it may lie between two of the schedule's.
+        feeds: What the network is told at each row.
+        points: (alpha, sigma) of the state before each row, and after the last one.
+        in_scales: Multiply the state before the network sees it, at each row.
     """
 
-    times: tuple[float, ...]
-    levels: tuple[float, ...]
+    times: Sequence[float]
+    feeds: Sequence[float]
+    points: Sequence[Point]
+    in_scales: Sequence[float]
 
 
 def euler_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
@@ -48,21 +56,16 @@ def euler_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) ->
     Raises:
         ConfigError: If the spacing or the number of steps is not possible.
     """
-    path = _euler_descent(full, num_steps)
-    rows = []
-    for index, level in enumerate(path.levels[:-1]):
-        alpha = _alpha(level)
-        ratio = path.levels[index + 1] / level
-        a_z, a_r = x0_coefficients(PredictionType(full["prediction_type"]), alpha, level * alpha)
-        rows.append(
-            _row(path, index, "euler", options, alpha, (a_z * alpha, a_r), Next(ratio, 1 - ratio))
-        )
-    top = max(path.levels)
-    return rows, math.hypot(top, 1.0) if full["timestep_spacing"] == "leading" else top
+    times, levels = _euler_levels(full, num_steps)
+    scales = [_alpha(level) for level in levels[:-1]]
+    path = Descent(times, times, [(1.0, level) for level in levels], scales)
+    top = max(levels)
+    first = math.hypot(top, 1.0) if full["timestep_spacing"] == "leading" else top
+    return _rows(full, path, "euler", options), first
 
 
 def dpm_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
-    """Build the rows of DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095, algorithm 2, midpoint).
+    """Build the rows of DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095, algorithm 2, midpoint).
 
     Args:
         full: A configuration of diffusers' DPMSolverMultistepScheduler, absent keys filled in.
@@ -72,21 +75,37 @@ def dpm_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> T
     Raises:
         ConfigError: If the spacing or the number of steps is not possible.
     """
-    path = _dpm_descent(full, num_steps)
-    last_is_first_order = (
-        full["euler_at_final"]
-        or (full["lower_order_final"] and num_steps < 15)
-        or path.levels[-1] == 0
-    )
-    rows = []
-    for index, level in enumerate(path.levels[:-1]):
-        first_order = full["solver_order"] == 1 or index == 0
-        first_order |= index == num_steps - 1 and last_is_first_order
-        after = _dpm_next(path.levels[max(index - 1, 0) : index + 2], first_order=first_order)
-        alpha = _alpha(level)
-        x0 = x0_coefficients(PredictionType(full["prediction_type"]), alpha, level * alpha)
-        rows.append(_row(path, index, "dpmsolver++", options, 1.0, x0, after))
-    return rows, 1.0
+    times, levels = _dpm_levels(full, num_steps)
+    points = [(_alpha(level), level * _alpha(level)) for level in levels]
+    path = Descent(times, times, points, [1.0] * num_steps)
+    return _rows(full, path, "dpmsolver++", options), 1.0
+
+
+def edm_euler_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    """Build Euler's rows of diffusers' EDMEulerScheduler; arguments and errors are those of `euler_rows`."""
+    path = _edm_path(full, num_steps)
+    return _rows(full, path, "euler", options), math.hypot(full["sigma_max"], 1.0)
+
+
+def edm_dpm_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    """Build the rows of diffusers' EDMDPMSolverMultistepScheduler, as `dpm_rows` does."""
+    path = _edm_path(full, num_steps, float(np.float32(full["sigma_min"])))
+    return _rows(full, path, "dpmsolver++", options), math.hypot(full["sigma_max"], 1.0)
+
+
+def flow_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    """Build Euler's rows of diffusers' FlowMatchEulerDiscreteScheduler; arguments and errors as above.
+
+    Its levels are shifted twice: they are spread between the ends of a schedule that is shifted already.
+    """
+    schedule = Schedule.from_config(full)
+    T = schedule.num_train_timesteps
+    check_num_steps(num_steps, T)
+    even = np.linspace(schedule.sigmas[-1] * T, schedule.sigmas[0] * T, num_steps) / T
+    sigmas = shifted(even, float(full["shift"])).astype(np.float32).astype(np.float64)
+    points = [(1 - sigma, sigma) for sigma in [*sigmas.tolist(), 0.0]]
+    path = Descent(_labels(schedule, sigmas), (sigmas * T).tolist(), points, [1.0] * num_steps)
+    return _rows(full, path, "euler", options), schedule.first_scale
 
 
 def multistep_rows(
@@ -112,7 +131,7 @@ def multistep_rows(
         ConfigError: If the times do not fall, or the prediction leaves x0 undefined at one of them.
     """
     count = len(times) - 1
-    orders = solver_orders(count, order, count if lower_order_final else 0)
+    orders = solver_orders(count, order, lower_order_final=lower_order_final)
     if count and schedule.alpha_sigma(times[-1])[1] == 0:
         orders[-1] = 1
     return [
@@ -128,50 +147,67 @@ def multistep_rows(
     ]
 
 
-def solver_orders(count: int, order: int, lowered: int) -> list[int]:
-    """Return the order of each of `count` steps: one more than the step before has, up to `order`.
+def solver_orders(count: int, order: int, *, lower_order_final: bool) -> list[int]:
+    """Return the order of each of `count` steps: one more than that of the step before, up to `order`.
 
-    The last `lowered` steps do not look back further than is left to go.
+    With `lower_order_final` no step looks back further than is left to go.
     """
-    return [min(order, i + 1, count - i if i >= count - lowered else order) for i in range(count)]
+    return [min(order, i + 1, count - i if lower_order_final else order) for i in range(count)]
 
 
-def _dpm_next(levels: tuple[float, ...], *, first_order: bool) -> Next:
-    """Step from the second-last of `levels` to the last; in log(level), the second order extrapolates x0."""
-    now, after = levels[-2:]
-    alpha, alpha_after = _alpha(now), _alpha(after)
-    z = after * alpha_after / (now * alpha)
-    gain = alpha_after - z * alpha
-    if first_order:
-        return Next(z=z, x0=gain)
-    slope = 0.5 * gain * math.log(now / after) / math.log(levels[0] / now)
-    return Next(z=z, x0=gain + slope, previous=(-slope,))
+def _dpm_orders(full: Mapping[str, Any], path: Descent) -> list[int]:
+    count = len(path.times)
+    lowers = full["lower_order_final"] and count < 15
+    orders = solver_orders(count, full["solver_order"], lower_order_final=lowers)
+    if full["euler_at_final"] or path.points[-1][1] == 0:
+        orders[-1] = 1
+    return orders
 
 
-def _row(
-    path: Descent,
-    index: int,
-    kind: str,
-    options: CallOptions,
-    in_scale: float,
-    x0: tuple[float, float],
-    after: Next,
-) -> Row:
-    t = path.times[index]
-    following = path.times[index + 1] if index + 1 < len(path.times) else -1.0
-    return Row(
-        call=networks_of(options),
-        feeds={options.get("feeds_name", "timestep"): t},
-        in_scale=in_scale,
-        guidance_scale=options.get("guidance_scale"),
-        x0=x0,
-        next=after,
-        note={"kind": kind, "t": t, "s": following},
+def _rows(full: Mapping[str, Any], path: Descent, solver: str, options: CallOptions) -> list[Row]:
+    kind = PredictionType(full["prediction_type"])
+    orders = [1] * len(path.times) if solver == "euler" else _dpm_orders(full, path)
+    rows = []
+    for i, (t, s) in enumerate(zip(path.times, [*path.times[1:], -1.0], strict=True)):
+        alpha, sigma = path.points[i]
+        scale = path.in_scales[i]
+        # What the network sees is noised with scale*alpha and scale*sigma.
+        a_z, a_r = x0_coefficients(kind, alpha * scale, sigma * scale)
+        row = Row(
+            call=networks_of(options),
+            feeds={options.get("feeds_name", "timestep"): path.feeds[i]},
+            in_scale=scale,
+            guidance_scale=options.get("guidance_scale"),
+            x0=(a_z * scale, a_r),
+            next=multistep_next(path.points[i + 1 - orders[i] : i + 2]),
+            note={"kind": solver, "t": t, "s": s},
+        )
+        rows.append(row)
+    return rows
+
+
+def _edm_path(full: Mapping[str, Any], num_steps: int, lowest: float | None = None) -> Descent:
+    """Lay out the path; one that ends with noise ends at `lowest`, or stays at its last level."""
+    schedule = Schedule.from_config(full)
+    check_num_steps(num_steps, schedule.num_train_timesteps)
+    levels = edm_levels(full, num_steps)
+    end = levels.tolist()[-1] if lowest is None else lowest
+    last = 0.0 if full["final_sigmas_type"] == "zero" else end
+    return Descent(
+        _labels(schedule, levels),
+        (np.log(levels) / 4).tolist(),
+        [(1.0, level) for level in [*levels.tolist(), last]],
+        (1 / np.hypot(levels, SIGMA_DATA)).tolist(),
     )
 
 
-def _euler_descent(full: Mapping[str, Any], num_steps: int) -> Descent:
-    schedule, levels = _levels(full)
+def _labels(schedule: Schedule, sigmas: np.ndarray) -> list[float]:
+    """Interpolate the labels of sigmas: what notes say of rows between two labels."""
+    return np.interp(sigmas, schedule.sigmas, np.arange(len(schedule.sigmas))).tolist()
+
+
+def _euler_levels(full: Mapping[str, Any], num_steps: int) -> Levels:
+    schedule, levels = _known_levels(full)
     if full["timestep_spacing"] == "linspace":
         check_num_steps(num_steps, schedule.num_train_timesteps)
         grid = np.linspace(0, schedule.num_train_timesteps - 1, num_steps)[::-1]
@@ -182,25 +218,25 @@ def _euler_descent(full: Mapping[str, Any], num_steps: int) -> Descent:
     chosen = np.interp(times, np.arange(len(levels)), levels)
     if full["use_karras_sigmas"]:
         low, high = full.get("sigma_min"), full.get("sigma_max")
-        chosen = _karras(
-            chosen[-1] if low is None else low, chosen[0] if high is None else high, num_steps
+        chosen = karras_levels(
+            chosen[0] if high is None else high, chosen[-1] if low is None else low, num_steps
         )
         times = _times(chosen, levels)
-    return _descent(full, times, chosen, levels[0])
+    return _ended(full, times, chosen, levels[0])
 
 
-def _dpm_descent(full: Mapping[str, Any], num_steps: int) -> Descent:
-    schedule, levels = _levels(full)
+def _dpm_levels(full: Mapping[str, Any], num_steps: int) -> Levels:
+    schedule, levels = _known_levels(full)
     T = schedule.num_train_timesteps
     check_num_steps(num_steps, T)
     if full["use_karras_sigmas"]:
-        chosen = _karras(levels[0], levels[-1], num_steps)
+        chosen = karras_levels(levels[-1], levels[0], num_steps)
         times = _times(chosen, levels)
         times = np.trunc(times) if full["beta_schedule"] == "squaredcos_cap_v2" else times.round()
-        return _descent(full, times, chosen, levels[0])
+        return _ended(full, times, chosen, levels[0])
     top = T - int(np.sum(-np.log(levels) < full["lambda_min_clipped"]))
     times = _dpm_times(full, num_steps, top, T)
-    return _descent(full, times, np.interp(times, np.arange(T), levels), levels[0])
+    return _ended(full, times, np.interp(times, np.arange(T), levels), levels[0])
 
 
 def _dpm_times(full: Mapping[str, Any], num_steps: int, top: int, T: int) -> np.ndarray:
@@ -215,7 +251,7 @@ def _dpm_times(full: Mapping[str, Any], num_steps: int, top: int, T: int) -> np.
     raise ConfigError(msg)
 
 
-def _levels(full: Mapping[str, Any]) -> tuple[Schedule, np.ndarray]:
+def _known_levels(full: Mapping[str, Any]) -> tuple[Schedule, np.ndarray]:
     """Return the schedule and sigma/alpha of its timesteps; diffusers makes an alpha of zero a tiny one."""
     schedule = Schedule.from_config(full)
     alphas, sigmas = schedule.alphas.copy(), schedule.sigmas.copy()
@@ -223,12 +259,6 @@ def _levels(full: Mapping[str, Any]) -> tuple[Schedule, np.ndarray]:
         alphas[-1] = _ALPHA_AT_ZERO_SNR
         sigmas[-1] = math.sqrt(1 - _ALPHA_AT_ZERO_SNR**2)
     return schedule, (sigmas / alphas).astype(np.float32).astype(np.float64)
-
-
-def _karras(low: float, high: float, count: int) -> np.ndarray:
-    """Spread levels evenly in their 7th root (Karras et al. 2022, arXiv:2206.00364, equation 5)."""
-    ramp = np.linspace(0, 1, count)
-    return (high ** (1 / _RHO) + ramp * (low ** (1 / _RHO) - high ** (1 / _RHO))) ** _RHO
 
 
 def _times(chosen: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -241,15 +271,14 @@ def _times(chosen: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return (1 - share) * below + share * (below + 1)
 
 
-def _descent(
-    full: Mapping[str, Any], times: np.ndarray, chosen: np.ndarray, lowest: float
-) -> Descent:
+def _ended(full: Mapping[str, Any], times: np.ndarray, chosen: np.ndarray, lowest: float) -> Levels:
+    """Add the end, round, and refuse what does not fall."""
     last = 0.0 if full["final_sigmas_type"] == "zero" else lowest
     levels = np.append(chosen, last).astype(np.float32).astype(np.float64)
     if np.any(np.diff(levels[:-1]) >= 0) or levels[-2] < levels[-1]:
         msg = f"{len(times)} steps with these settings do not fall at every row; take fewer steps or another spacing."
         raise ConfigError(msg)
-    return Descent(tuple(float(t) for t in times), tuple(float(level) for level in levels))
+    return times.tolist(), levels.tolist()
 
 
 def _alpha(level: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from edgedistill.compiler import compile_scheduler
@@ -70,14 +70,20 @@ def theirs(
     scheduler: Any, count: int, noise: np.ndarray, step: dict[str, Any]
 ) -> Iterator[np.ndarray]:
     scheduler.set_timesteps(count)
-    z = torch.from_numpy(noise) * scheduler.init_noise_sigma
+    z = torch.from_numpy(noise) * first_scale(scheduler)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     for t in scheduler.timesteps:
-        seen = scheduler.scale_model_input(z, t).numpy()
+        scaled = hasattr(scheduler, "scale_model_input")
+        seen = (scheduler.scale_model_input(z, t) if scaled else z).numpy()
         raw = stand_in({"sample": seen, "timestep": float(t)})["out_sample"]
         z = scheduler.step(torch.from_numpy(raw), t, z, **step).prev_sample
         yield z.numpy()
+
+
+def first_scale(scheduler: Any) -> Any:
+    """Return what the first noise is multiplied by; a flow's scheduler leaves it as it is."""
+    return getattr(scheduler, "init_noise_sigma", 1.0)
 
 
 def draw(count: int) -> list[np.ndarray]:
@@ -100,7 +106,7 @@ def difference(scheduler: Any, count: int, *, to_largest: bool = False, **step: 
     assert len(got) == len(expected) == count
     norms = [float(np.linalg.norm(item)) for item in expected]
     if to_largest:
-        first = float(np.linalg.norm(noise[0])) * float(scheduler.init_noise_sigma)
+        first = float(np.linalg.norm(noise[0])) * float(first_scale(scheduler))
         norms = list(itertools.accumulate(norms, max, initial=first))[1:]
     gaps = [float(np.linalg.norm(a - b)) for a, b in zip(got, expected, strict=True)]
     return max(gap / norm for gap, norm in zip(gaps, norms, strict=True))
@@ -120,6 +126,7 @@ def seeded() -> Any:
         ("EulerDiscreteScheduler", {}, None),
         ("DPMSolverMultistepScheduler", {"solver_order": 1}, None),
         ("DPMSolverMultistepScheduler", {"solver_order": 2}, None),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, None),
     ],
 )
 def test_every_spacing_and_number_of_steps(
@@ -208,7 +215,13 @@ def test_euler(
 @example(15, "epsilon", "trailing", SCALED, 2, False, (False, True, False))
 @law
 @given(
-    counts, kinds, spacings, betas, st.sampled_from([1, 2]), flags, st.tuples(flags, flags, flags)
+    counts,
+    kinds,
+    spacings,
+    betas,
+    st.sampled_from([1, 2, 3]),
+    flags,
+    st.tuples(flags, flags, flags),
 )
 def test_dpm_solver(
     count: int,
@@ -239,6 +252,47 @@ def test_dpm_solver_with_a_clipped_cosine(count: int, spacing: str) -> None:
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **COSINE, timestep_spacing=spacing, lambda_min_clipped=-5.1
     )
+    assert difference(scheduler, count) < TOLERANCE
+
+
+@law
+@given(counts, st.sampled_from(["karras", "exponential"]), flags, st.sampled_from([80.0, 20.0]))
+def test_edm_euler(count: int, levels: str, to_zero: bool, high: float) -> None:
+    scheduler = diffusers.EDMEulerScheduler(
+        sigma_schedule=levels, sigma_max=high, final_sigmas_type="zero" if to_zero else "sigma_min"
+    )
+    assert difference(scheduler, count, to_largest=True) < TOLERANCE
+
+
+@example(14, "karras", 3, (False, True, False))
+@example(15, "karras", 3, (False, True, False))
+@law
+@given(
+    counts,
+    st.sampled_from(["karras", "exponential"]),
+    st.sampled_from([1, 2, 3]),
+    st.tuples(flags, flags, flags),
+)
+def test_edm_dpm_solver(
+    count: int, levels: str, order: int, final: tuple[bool, bool, bool]
+) -> None:
+    to_zero, lower_order_final, euler_at_final = final
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        sigma_schedule=levels,
+        solver_order=order,
+        final_sigmas_type="zero" if to_zero else "sigma_min",
+        lower_order_final=lower_order_final,
+        euler_at_final=euler_at_final,
+    )
+    # Where the last step goes from sigma_min to itself, diffusers divides zero by zero at third order.
+    assume(to_zero or lower_order_final or euler_at_final or order < 3)
+    assert difference(scheduler, count, to_largest=True) < TOLERANCE
+
+
+@law
+@given(counts, st.sampled_from([1.0, 3.0, 0.7]), st.sampled_from([100, 1000]))
+def test_flow_match_euler(count: int, shift: float, T: int) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, num_train_timesteps=T)
     assert difference(scheduler, count) < TOLERANCE
 
 

@@ -10,7 +10,7 @@ from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ConfigError
 from edgedistill.rows import ddim_row
 from edgedistill.schedule import Schedule
-from edgedistill.table import Condition, Guidance, SamplerTable
+from edgedistill.table import Condition, Guidance, Next, SamplerTable
 
 SHAPE = (3, 8, 8)
 DDIM = {
@@ -72,11 +72,40 @@ def test_each_sampler_asks_for_the_noise_that_it_uses() -> None:
         assert table.noise_count == count, name
 
 
-def test_only_the_second_order_solver_looks_back() -> None:
-    for order, expected in ((1, [0, 0, 0, 0]), (2, [0, 1, 1, 0])):
-        config = {"_class_name": "DPMSolverMultistepScheduler", "solver_order": order}
-        table = compile_scheduler(config, 4, shape=SHAPE)
-        assert [len(row.next.previous) for row in table.rows] == expected
+def test_solvers_look_back_as_far_as_their_order_says() -> None:
+    for order, expected in ((1, [0, 0, 0, 0, 0]), (2, [0, 1, 1, 1, 0]), (3, [0, 1, 2, 1, 0])):
+        for name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"):
+            config = {"_class_name": name, "solver_order": order}
+            table = compile_scheduler(config, 5, shape=SHAPE)
+            assert [len(row.next.previous) for row in table.rows] == expected
+
+
+def test_edm_rows_scale_and_tell_what_the_network_was_trained_on() -> None:
+    table = compile_scheduler({"_class_name": "EDMEulerScheduler"}, 4, shape=SHAPE)
+    assert table.annotations["prediction_type"] == "edm"
+    levels = (80.0, 9.723, 0.4700, 0.002)
+    for row, level in zip(table.rows, levels, strict=True):
+        assert row.feeds["timestep"] == pytest.approx(math.log(level) / 4, rel=1e-3)
+        assert row.in_scale == pytest.approx(1 / math.sqrt(level**2 + 0.25), rel=1e-3)
+        assert row.x0[0] == pytest.approx(0.25 / (level**2 + 0.25), rel=2e-3)
+    assert table.rows[-1].next == Next(z=0.0, x0=1.0)
+    assert [table.rows[0].note["t"], table.rows[-1].note["t"]] == [999.0, 0.0]
+
+
+def test_a_flow_walks_straight_from_noise_to_data() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 10}
+    table = compile_scheduler(config, 10, shape=SHAPE)
+    for row, sigma in zip(table.rows, range(10, 0, -1), strict=True):
+        assert row.feeds == {"timestep": pytest.approx(sigma, rel=1e-6)}
+        assert row.x0 == pytest.approx((1.0, -sigma / 10), rel=1e-6)
+        assert row.next.z == pytest.approx((sigma - 1) / sigma, rel=1e-6)
+        assert row.note["t"] == pytest.approx(sigma - 1, abs=1e-6)
+
+
+def test_a_table_may_call_several_networks_in_order() -> None:
+    table = compile_scheduler(DDIM, 2, shape=SHAPE, network=("guide", "unet"))
+    assert [row.call for row in table.rows] == [("guide", "unet")] * 2
+    assert table.networks == ("guide", "unet")
 
 
 def test_a_first_order_solver_is_ddim_where_their_timesteps_agree() -> None:
@@ -99,6 +128,15 @@ def test_a_first_order_solver_is_ddim_where_their_timesteps_agree() -> None:
         ({"_class_name": "PNDMScheduler"}, 4, "Scheduler 'PNDMScheduler' cannot be compiled"),
         ({**DDIM, "thresholding": True}, 4, "`thresholding` of a DDIMScheduler must be False"),
         ({**DDIM, "prediction_type": "flow_prediction"}, 4, "must be 'epsilon' or 'sample' or"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, 4, "must be epsilon"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 1.0}, 4, r"must be 0\.5, got 1\.0"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True},
+            4,
+            "`stochastic_sampling` of a FlowMatchEulerDiscreteScheduler must be False",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 1001, r"lie in \[1, 1000\], got 1001"),
+        ({"_class_name": "EDMEulerScheduler"}, 0, r"lie in \[1, 1000\], got 0"),
         ({**DDIM, "timestep_spacing": "even"}, 4, "`timestep_spacing` must be one of"),
         (
             {"_class_name": "DDIMScheduler", "steps_offset": "one"},
@@ -129,9 +167,9 @@ def test_a_first_order_solver_is_ddim_where_their_timesteps_agree() -> None:
             "`timestep_type` .* must be 'discrete'",
         ),
         (
-            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3},
+            {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 4},
             4,
-            "`solver_order` of a DPMSolverMultistepScheduler must be 1 or 2",
+            "`solver_order` of a DPMSolverMultistepScheduler must be 1 or 2 or 3",
         ),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"},
