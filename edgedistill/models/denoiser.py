@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgedistill.contract import Signature
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.prediction import PredictionType, eps_coefficients, x0_coefficients
@@ -63,15 +64,34 @@ class Denoiser(nn.Module):
             conditions: Its other inputs by name, those of kind ``s`` as labels; what it does not take
                 is left out.
         """
+        return store.call(self.network, self._inputs(self.signature, z, t, conditions))
+
+    def with_residuals(
+        self, side: nn.Module, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the conditions and the residuals that a side network makes of the same state.
+
+        Args:
+            side: Takes inputs by the names of its signature, returns the residuals in their order.
+            z, t, conditions: As for `raw`.
+        """
+        signature = store.signature(plain_network(side))
+        made = store.call_outputs(side, self._inputs(signature, z, t, conditions))
+        return {**conditions, **{f"residual_{i}": value for i, value in enumerate(made)}}
+
+    def _inputs(
+        self, signature: Signature, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what a network of this schedule is fed."""
         inputs = {"sample": z, "timestep": self.feeds[t].to(z.dtype)}
         if self._scaled:
             inputs["sample"] = z * self.in_scales[t][:, None, None, None]
-        for spec in self.signature.inputs:
+        for spec in signature.inputs:
             if spec.kind not in ("x", "t"):
                 value = conditions[spec.name]
                 # Where a jump ends at -1, the network is told of the cleanest label.
                 inputs[spec.name] = self.feeds[value.clamp(min=0)] if spec.kind == "s" else value
-        return store.call(self.network, inputs)
+        return inputs
 
     def tapped(
         self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]

@@ -13,6 +13,7 @@ from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
 from edgedistill.models.conditional import build_conditional
+from edgedistill.models.residuals import build_residual_encoder
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -32,6 +33,12 @@ def _autoencoder(config: dict[str, Any]) -> nn.Module:
     return build_autoencoder(config)
 
 
+def _guide(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.guide import Guide
+
+    return Guide(config)
+
+
 def _half_autoencoder(config: dict[str, Any]) -> nn.Module:
     from edgedistill.models.vae import build_half
 
@@ -47,6 +54,8 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "VaeEncoder": _half_autoencoder,
     "VaeDecoder": _half_autoencoder,
     "ExtendedUNet2DModel": build_extended,
+    "Guide": _guide,
+    "ResidualEncoder": build_residual_encoder,
 }
 
 
@@ -190,9 +199,12 @@ def call_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tens
 
 def signature(network: nn.Module) -> Signature:
     """Return what a network takes and gives, with a free batch; prompts are of a free ``length`` too."""
-    if isinstance(own := getattr(network, "signature", None), Signature):
-        return own
-    config = config_of(network)
+    own = getattr(network, "signature", None)
+    return own if isinstance(own, Signature) else signature_of(config_of(network))
+
+
+def signature_of(config: Mapping[str, Any]) -> Signature:
+    """Return the signature of a denoiser from its configuration."""
     size = config["sample_size"]
     height, width = size if isinstance(size, list | tuple) else (size, size)
     inputs = [
@@ -208,12 +220,20 @@ def signature(network: nn.Module) -> Signature:
     ]
     if channels := config.get("image_channels"):
         inputs.append(TensorSpec("image", (BATCH, channels, height, width), "float32", "image"))
+    if config.get("mask_input"):
+        inputs.append(TensorSpec("mask", (BATCH, 1, height, width), "float32", "mask"))
     if config.get("residual_inputs"):
-        inputs += [
-            TensorSpec(f"residual_{i}", (BATCH, *shape), "float32", "residual")
-            for i, shape in enumerate(residual_shapes(config))
-        ]
+        inputs += _residuals(config)
+    if widths := config.get("base_channels"):
+        return Signature(tuple(inputs), _residuals({**config, "block_out_channels": widths}))
     output = TensorSpec(
         "out_sample", (BATCH, config["out_channels"], height, width), "float32", "raw"
     )
     return Signature(tuple(inputs), (output,))
+
+
+def _residuals(config: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(f"residual_{i}", (BATCH, *shape), "float32", "residual")
+        for i, shape in enumerate(residual_shapes(config))
+    )

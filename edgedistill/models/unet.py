@@ -27,11 +27,13 @@ class Inputs:
         image_channels: Channels of an image of the state's size; 0: none.
         residuals: Whether maps ``residual_0``, ... are added to the skips and, the last one, to the
             middle (the order of a ControlNet).
+        mask: Whether a mask comes with the image, 1 where the sampler draws; the image is hidden there.
     """
 
     scalars: Mapping[str, float] = field(default_factory=dict)
     image_channels: int = 0
     residuals: bool = False
+    mask: bool = False
 
 
 def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> Tensor:
@@ -83,11 +85,12 @@ class ExtendedUNet2DModel(nn.Module):
             "scalar_inputs": dict(inputs.scalars),
             "image_channels": inputs.image_channels,
             "residual_inputs": inputs.residuals,
+            "mask_input": inputs.mask,
         }
         self.conv_in: nn.Conv2d = unet.conv_in
-        self.conv_image = _image_stem(unet.conv_in, inputs.image_channels)
+        self.conv_image = _image_stem(unet.conv_in, inputs.image_channels + inputs.mask)
         self.time_proj: nn.Module = unet.time_proj
-        self.time_embedding: nn.Module = _with_scalars(unet.time_embedding, len(inputs.scalars))
+        self.time_embedding: nn.Module = with_scalars(unet.time_embedding, len(inputs.scalars))
         self.class_embedding: nn.Module | None = unet.class_embedding
         self.down_blocks: nn.ModuleList = unet.down_blocks
         self.mid_block: nn.Module | None = unet.mid_block
@@ -109,18 +112,10 @@ class ExtendedUNet2DModel(nn.Module):
             sample: (batch, channels, height, width) state.
             timestep: (batch,) label of the time.
             class_labels: (batch,) integers, or None for an unconditional model.
-            **inputs: Scalars (batch,), ``image`` and ``residual_i`` (batch, ., ., .), as configured.
+            **inputs: Scalars (batch,), ``image``, ``mask`` and ``residual_i`` (batch, ., ., .), as configured.
         """
         embedding = self._embed(sample, timestep, class_labels, inputs)
-        hidden = self.conv_in(sample)
-        if self.conv_image is not None:
-            hidden = hidden + self.conv_image(inputs["image"])
-        skips: tuple[Tensor, ...] = (hidden,)
-        for block in self.down_blocks:
-            hidden, made = block(hidden_states=hidden, temb=embedding)
-            skips += made
-        if self.mid_block is not None:
-            hidden = self.mid_block(hidden, embedding)
+        skips, hidden = self.encode(sample, embedding, inputs)
         if self.config["residual_inputs"]:
             skips = tuple(skip + inputs[f"residual_{i}"] for i, skip in enumerate(skips))
             hidden = hidden + inputs[f"residual_{len(skips)}"]
@@ -129,6 +124,25 @@ class ExtendedUNet2DModel(nn.Module):
             hidden = block(hidden, skips[-count:], embedding)
             skips = skips[:-count]
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+
+    def encode(
+        self, sample: Tensor, embedding: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the skips, in the order in which they are made, and what leaves the middle."""
+        hidden = self.conv_in(sample)
+        if self.conv_image is not None:
+            hidden = hidden + self.conv_image(self._picture(inputs))
+        skips: tuple[Tensor, ...] = (hidden,)
+        for block in self.down_blocks:
+            hidden, made = block(hidden_states=hidden, temb=embedding)
+            skips += made
+        return skips, hidden if self.mid_block is None else self.mid_block(hidden, embedding)
+
+    def _picture(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        image = inputs["image"]
+        if not self.config["mask_input"]:
+            return image
+        return torch.cat([image * (1 - inputs["mask"]), inputs["mask"]], dim=1)
 
     def _embed(
         self,
@@ -209,11 +223,20 @@ def build_stock(config: Mapping[str, Any]) -> UNet2DModel:
 
 def build_extended(config: Mapping[str, Any]) -> ExtendedUNet2DModel:
     """Build an untrained `ExtendedUNet2DModel` from a configuration."""
-    inputs = Inputs(*(config[key] for key in _OURS))
-    return ExtendedUNet2DModel(build_stock(config), inputs)
+    return ExtendedUNet2DModel(build_stock(config), inputs_of(config))
 
 
-_OURS = ("scalar_inputs", "image_channels", "residual_inputs")
+def inputs_of(config: Mapping[str, Any]) -> Inputs:
+    """Return what a configuration says that a network takes beside the stock inputs."""
+    return Inputs(
+        config["scalar_inputs"],
+        config["image_channels"],
+        config["residual_inputs"],
+        config.get("mask_input", False),
+    )
+
+
+_OURS = ("scalar_inputs", "image_channels", "residual_inputs", "mask_input", "base_channels")
 _STOCK: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, None),
     "time_embedding_type": ("positional", None),
@@ -221,7 +244,8 @@ _STOCK: dict[str, tuple[Any, ...]] = {
 }
 
 
-def _with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
+def with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
+    """Return a time MLP that also takes `count` embedded scalars, which change nothing at first."""
     if not count:
         return old
     features = old.linear_1.in_features
