@@ -1,23 +1,39 @@
-"""The teacher: a frozen network with the scheduler it was trained on."""
+"""The teacher: a frozen network with the scheduler, text encoder and autoencoder it was trained with."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.compiler import compile_scheduler
+import numpy as np
+
+from edgedistill import text
+from edgedistill.compiler import FAMILIES, compile_scheduler
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, sha256
+from edgedistill.prediction import prediction_of
+from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, SamplerTable
 
 if TYPE_CHECKING:
     from torch import nn
 
-PACKAGED = {"digits": Path(str(resources.files("edgedistill"))) / "assets" / "digits_teacher"}
+    from edgedistill.models.text import TextEncoder
+    from edgedistill.models.vae import Autoencoder
+
+_ASSETS = Path(str(resources.files("edgedistill"))) / "assets"
+PACKAGED = {name: _ASSETS / f"{name}_teacher" for name in ("digits", "captioned_digits")}
 SCHEDULER = "scheduler_config.json"
+PROMPTS = "prompts.txt"
+_EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
+_NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+_TEXT_ENCODERS = ("CLIPTextModel",)
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+# Parts of pipelines that their networks cannot be called without.
+_UNKNOWN_PARTS = ("transformer", "text_encoder_2", "prior", "movq", "vqvae", "image_encoder_2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +42,16 @@ class Teacher:
 
     Fields:
         name: As it was asked for: ``"digits"``, or a path.
-        network: float32, in evaluation mode, frozen.
+        network: float32, in evaluation mode, frozen; so are the other networks.
         scheduler: diffusers' scheduler configuration, plain JSON data.
         signature: What the network takes and gives.
-        classes: Number of classes that may be asked for, the null class not counted; None: unconditional.
-        null: Values of the conditions that stand for "no condition", such as ``{"class_labels": 10}``;
-            empty where the network was not trained with one.
+        classes: Number of classes that may be asked for, the null class not counted; None: no classes.
+        null: What stands for "no condition" by the network's input, such as ``{"class_labels": 10}`` or
+            ``{"encoder_hidden_states": ""}``; empty where the network was not trained with one.
         fingerprint: SHA-256 over configurations and weights.
+        text_encoder, tokenizer: What turns prompts into the network's input, or None.
+        examples: Prompts that stand in where none are given; empty where the network reads no text.
+        vae: The autoencoder whose latents the network works on, or None: it works on pixels.
     """
 
     name: str
@@ -40,24 +59,82 @@ class Teacher:
     scheduler: Mapping[str, Any]
     signature: Signature
     classes: int | None
-    null: Mapping[str, float]
+    null: Mapping[str, Any]
     fingerprint: str
+    text_encoder: "TextEncoder | None" = None
+    tokenizer: text.Tokenizer | None = None
+    examples: tuple[str, ...] = ()
+    vae: "Autoencoder | None" = None
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts: ``epsilon``, ``sample`` or ``v_prediction``."""
-        return self.scheduler.get("prediction_type", "epsilon")
+        """What the network predicts, a `PredictionType`."""
+        return prediction_of(self.scheduler)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of a sample."""
+        """(channels, height, width) of a state."""
         _, channels, height, width = self.signature.inputs[0].shape
         return int(channels), int(height), int(width)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of an image."""
+        if self.vae is None:
+            return self.shape
+        from edgedistill.models.vae import reduction
+
+        config = dict(self.vae.config)
+        height, width = (size * reduction(config) for size in self.shape[1:])
+        return int(config["in_channels"]), height, width
+
+    @property
+    def space(self) -> Mapping[str, Any]:
+        """What a state means: ``kind`` pixel or latent; then ``scale`` and ``shift`` of the latents."""
+        if self.vae is None:
+            return {"kind": "pixel", "value_range": [-1.0, 1.0]}
+        from edgedistill.models.vae import scale_and_shift
+
+        scale, shift = scale_and_shift(dict(self.vae.config))
+        return {"kind": "latent", "value_range": [-1.0, 1.0], "scale": scale, "shift": shift}
+
+    @property
+    def clamp(self) -> tuple[float, float] | None:
+        """Range of finished samples, or None where they are latents."""
+        return (-1.0, 1.0) if self.vae is None else None
+
+    @property
+    def conditions(self) -> tuple[Condition, ...]:
+        """What may be asked of the network, as tables say it."""
+        made = []
+        if (labels := self.signature.input("class")) is not None:
+            made.append(Condition(labels.name, "class", self.classes))
+        words = self.signature.input("text")
+        if words is not None and self.text_encoder is not None:
+            made.append(
+                Condition(
+                    words.name,
+                    "text",
+                    encoder="text_encoder",
+                    tokenizer=text.FILE,
+                    length=self.text_encoder.length,
+                    examples=self.examples,
+                )
+            )
+        return tuple(made)
+
+    @property
+    def modules(self) -> "dict[str, nn.Module]":
+        """The networks that a table calls, by name."""
+        encoder = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
+        return {"unet": self.network, **encoder}
 
     def table(
         self, num_steps: int, guidance_scale: float = 1.0, spacing: str | None = None
     ) -> SamplerTable:
         """Return the table that samples this teacher as its own scheduler would.
+
+        A scheduler whose steps cannot be compiled gives its noise schedule to DDIM.
 
         Args:
             num_steps: Rows; each calls the network twice where there is guidance.
@@ -66,60 +143,198 @@ class Teacher:
 
         Raises:
             ConfigError: If the scheduler cannot be compiled, or guidance is asked of a network without a
-                null class.
+                null condition.
         """
         if guidance_scale != 1 and not self.null:
             msg = f"{self.name}: guidance needs a null class, and this teacher has none; use guidance_scale=1."
             raise ConfigError(msg)
         limits = (guidance_scale, guidance_scale)
         cfg = Guidance(mode="cfg", default=guidance_scale, range=limits, null=self.null)
-        labels = self.signature.input("class")
+        scheduler = {**self.scheduler, **({"timestep_spacing": spacing} if spacing else {})}
+        if scheduler["_class_name"] not in FAMILIES:
+            scheduler = {"clip_sample": False, **scheduler, "_class_name": "DDIMScheduler"}
         return compile_scheduler(
-            {**self.scheduler, **({"timestep_spacing": spacing} if spacing else {})},
+            scheduler,
             num_steps,
             shape=self.shape,
             guidance=Guidance() if guidance_scale == 1 else cfg,
-            conditions=(Condition(labels.name, "class", self.classes),) if labels else (),
-            clamp=(-1.0, 1.0),
+            conditions=self.conditions,
+            clamp=self.clamp,
+            space=self.space,
         )
+
+    def sample(self, table: SamplerTable, count: int, **options: Any) -> np.ndarray:
+        """Sample and, where the state is a latent, decode.
+
+        Args:
+            table: One of this teacher's.
+            count: Number of samples.
+            **options: As `edgedistill.models.run.sample_torch`, which see for errors too; prompts as
+                ``encoder_hidden_states``.
+
+        Returns:
+            Images float32 (count, channels, height, width) in [-1, 1].
+        """
+        from edgedistill.models.run import sample_torch
+
+        tokenize = None if self.tokenizer is None else self.tokenizer.encode
+        modules = {**dict.fromkeys(table.networks, self.network), **self.modules}
+        made = sample_torch(modules, table, count, tokenize=tokenize, **options)
+        return made if self.vae is None else self.decode(made).clip(-1, 1)
+
+    def embed(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Encode prompts.
+
+        Returns:
+            float32 ``encoder_hidden_states`` (count, length, dim) and ``pooled`` (count, dim).
+
+        Raises:
+            ConfigError: If the network reads no text.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            msg = f"{self.name}: this teacher reads no prompts."
+            raise ConfigError(msg)
+        from edgedistill.models.run import run_batches
+
+        tokens = self.tokenizer.encode(prompts, self.text_encoder.length)
+        return run_batches(self.text_encoder, tokens)
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Turn images, float32 in [-1, 1], into states of the network; of a distribution, its mean."""
+        if self.vae is None:
+            return images
+        from edgedistill.models.run import run_batches
+        from edgedistill.models.vae import VaeEncoder
+
+        half = VaeEncoder(self.vae, self.shape[1:])
+        latents = run_batches(half, images)["latent_sample"]
+        return (latents - self.space["shift"]) * self.space["scale"]
+
+    def decode(self, states: np.ndarray) -> np.ndarray:
+        """Turn states of the network into images, float32 in about [-1, 1]."""
+        if self.vae is None:
+            return states
+        from edgedistill.models.run import run_batches
+        from edgedistill.models.vae import VaeDecoder
+
+        half = VaeDecoder(self.vae, self.shape[1:])
+        return run_batches(half, states / self.space["scale"] + self.space["shift"])["sample"]
 
     @classmethod
     def open(cls, name: str | Path, *, null_class: bool = True) -> "Teacher":
-        """Open the packaged teacher ``"digits"``, or a folder that diffusers wrote.
+        """Open a packaged teacher, or a folder that diffusers wrote.
 
         Args:
-            name: ``"digits"``; or a folder with ``unet/`` and ``scheduler/``; or the folder of one network
-                with ``scheduler_config.json`` in it or in its parent.
-            null_class: Whether the network's last class embedding stands for "no class".
+            name: ``"digits"`` or ``"captioned_digits"``; or a folder with ``unet/`` and ``scheduler/``, and
+                for a network that reads text ``text_encoder/`` and ``tokenizer/``, for one of latents
+                ``vae/``; or the folder of a `UNet2DModel` with ``scheduler_config.json`` in it or in its
+                parent. ``prompts.txt`` in it, one per line, are its examples.
+            null_class: Whether the network's last class embedding stands for "no class". The null text is
+                always the empty one.
 
         Raises:
-            BundleError: If a file is missing, damaged, a pickle, or of a class that is not known.
+            BundleError: If a file is missing, damaged, a pickle, or of a class that is not known, or the
+                parts belong to different pipelines.
+            ConfigError: If the scheduler's noise schedule is not known.
         """
-        from edgedistill.models import store
+        return _open(str(name), PACKAGED.get(str(name), Path(name)), null_class=null_class)
 
-        root = PACKAGED.get(str(name), Path(name))
-        folder = root / "unet" if (root / "unet").is_dir() else root
-        if not folder.is_dir():
-            msg = f"{name}: no such teacher; give {', '.join(map(repr, PACKAGED))} or a diffusers folder with unet/ and scheduler/."
+
+def _open(name: str, root: Path, *, null_class: bool) -> Teacher:
+    from edgedistill.models import store
+
+    folder = root / "unet" if (root / "unet").is_dir() else root
+    if not folder.is_dir():
+        msg = f"{name}: no such teacher; give {', '.join(map(repr, PACKAGED))} or a diffusers folder with unet/ and scheduler/."
+        raise BundleError(msg)
+    _refuse_unknown_parts(root)
+    scheduler = _scheduler_file(root)
+    Schedule.from_config(read_json(scheduler))
+    networks = {folder: _load(folder, _NETWORKS)}
+    signature = store.signature(networks[folder])
+    embeddings = store.config_of(networks[folder]).get("num_class_embeds")
+    labels, words = signature.input("class"), signature.input("text")
+    null: dict[str, Any] = {}
+    if labels and embeddings and null_class:
+        null[labels.name] = embeddings - 1
+    parts: dict[str, Any] = {}
+    if words is not None:
+        null[words.name] = ""
+        parts = {"tokenizer": text.Tokenizer.open(root / "tokenizer"), "examples": _examples(root)}
+        parts["text_encoder"] = _load(root / "text_encoder", _TEXT_ENCODERS)
+        networks[root / "text_encoder"] = parts["text_encoder"]
+        signature = signature.bind(length=parts["text_encoder"].length)
+    if (root / "vae").is_dir():
+        parts["vae"] = networks[root / "vae"] = _load(root / "vae", _AUTOENCODERS)
+    made = Teacher(
+        name=name,
+        network=networks[folder],
+        scheduler=read_json(scheduler),
+        signature=signature,
+        classes=embeddings - (labels.name in null) if labels and embeddings else None,
+        null=null,
+        fingerprint=_fingerprint(scheduler, networks, root / "tokenizer"),
+        **parts,
+    )
+    _refuse_strangers(made)
+    return made
+
+
+def _load(folder: Path, kinds: Sequence[str]) -> "nn.Module":
+    """Load a network that is of one of these classes."""
+    from edgedistill.models import store
+
+    kind = store.class_name(read_json(folder / "config.json"))
+    if kind not in kinds:
+        msg = f"{folder}: is a {kind}; a teacher has one of {', '.join(kinds)} here."
+        raise BundleError(msg)
+    return store.load(folder)
+
+
+def _refuse_unknown_parts(root: Path) -> None:
+    for name in _UNKNOWN_PARTS:
+        if (root / name).is_dir():
+            msg = f"{root / name}: pipelines with this part are not known; a teacher has unet/, scheduler/, and perhaps text_encoder/, tokenizer/ and vae/."
             raise BundleError(msg)
-        scheduler = _scheduler_file(root)
-        network = store.load(folder)
-        signature = store.signature(network)
-        embeddings = store.config_of(network).get("num_class_embeds")
-        labels = signature.input("class")
-        null = {labels.name: embeddings - 1} if labels and embeddings and null_class else {}
-        return cls(
-            name=str(name),
-            network=network,
-            scheduler=read_json(scheduler),
-            signature=signature,
-            classes=embeddings - len(null) if embeddings else None,
-            null=null,
-            fingerprint=_fingerprint(scheduler, folder / "config.json", folder / store.WEIGHTS),
-        )
 
 
-def _fingerprint(*files: Path) -> str:
+def _refuse_strangers(teacher: Teacher) -> None:
+    """Refuse parts that cannot belong together.
+
+    Raises:
+        BundleError: Saying which.
+    """
+    problems = []
+    words, encoder = teacher.signature.input("text"), teacher.text_encoder
+    if words is not None and encoder is not None and teacher.tokenizer is not None:
+        dim, vocabulary = encoder.config["hidden_size"], encoder.config["vocab_size"]
+        if words.shape[2] != dim:
+            problems.append(f"text_encoder/ makes {dim} numbers per token, unet/ {words.shape[2]}")
+        if teacher.tokenizer.vocabulary_size > vocabulary:
+            problems.append(f"tokenizer/ knows more words than text_encoder/, {vocabulary}")
+    if teacher.vae is not None:
+        made, taken = dict(teacher.vae.config)["latent_channels"], teacher.shape[0]
+        if made != taken:
+            problems.append(f"vae/ makes latents of {made} channels, unet/ takes {taken}")
+    if problems:
+        msg = f"{teacher.name}: parts of different pipelines: {'; '.join(problems)}."
+        raise BundleError(msg)
+
+
+def _examples(root: Path) -> tuple[str, ...]:
+    if not (root / PROMPTS).is_file():
+        return _EXAMPLES
+    lines = (root / PROMPTS).read_text(encoding="utf-8").splitlines()
+    return tuple(line.strip() for line in lines if line.strip()) or _EXAMPLES
+
+
+def _fingerprint(scheduler: Path, networks: "Mapping[Path, nn.Module]", tokenizer: Path) -> str:
+    from edgedistill.models import store
+
+    files = [scheduler]
+    for folder, network in networks.items():
+        files += [folder / "config.json", folder / store.weights_file(network)]
+    files += sorted(path for path in tokenizer.glob("*") if path.is_file())
     return hashlib.sha256("\n".join(map(sha256, files)).encode()).hexdigest()
 
 

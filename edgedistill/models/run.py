@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from edgedistill.conditions import Tokenize, network_conditions
+from edgedistill.contract import Signature
 from edgedistill.models import store
+from edgedistill.models.denoiser import Denoiser
 from edgedistill.noise import Bank, noise_bank
 from edgedistill.sampler import Network, run_table
 from edgedistill.table import SamplerTable
@@ -20,11 +22,18 @@ def torch_networks(modules: Mapping[str, nn.Module]) -> dict[str, Network]:
     Each picks the inputs of its module's signature, repeats numbers over the batch, casts to the
     signature's dtypes on the module's device, and calls without gradients.
     """
-    return {name: _network(module) for name, module in modules.items()}
+    return {
+        name: torch.no_grad()(_network(module, store.signature(module)))
+        for name, module in modules.items()
+    }
 
 
-def _network(module: nn.Module) -> Network:
-    signature = store.signature(module)
+def network_of(denoiser: Denoiser) -> Network:
+    """Return a denoiser's network as `run_table` wants it; with gradients, where they are on."""
+    return _network(denoiser.network, denoiser.signature)
+
+
+def _network(module: nn.Module, signature: Signature) -> Network:
     outputs = [spec.name for spec in signature.outputs]
     device = next(module.parameters()).device
 
@@ -34,8 +43,7 @@ def _network(module: nn.Module) -> Network:
         for spec in signature.inputs:
             value = torch.as_tensor(given[spec.name], dtype=getattr(torch, spec.dtype)).to(device)
             inputs[spec.name] = value.expand(batch) if value.ndim == 0 else value
-        with torch.no_grad():
-            return dict(zip(outputs, store.call_outputs(module, inputs), strict=True))
+        return dict(zip(outputs, store.call_outputs(module, inputs), strict=True))
 
     return run
 
@@ -90,3 +98,19 @@ def sample_torch(
         )
         pieces.append(made.cpu().numpy())
     return np.concatenate(pieces)
+
+
+def run_batches(module: nn.Module, array: np.ndarray, batch: int = 64) -> dict[str, np.ndarray]:
+    """Run a network of one input over an array, a part at a time.
+
+    Returns:
+        float32 outputs by the names of the network's signature.
+    """
+    signature = store.signature(module)
+    name = signature.inputs[0].name
+    run = torch_networks({name: module})[name]
+    pieces = [run({name: array[start : start + batch]}) for start in range(0, len(array), batch)]
+    return {
+        spec.name: np.concatenate([piece[spec.name].float().cpu().numpy() for piece in pieces])
+        for spec in signature.outputs
+    }

@@ -74,7 +74,7 @@ def test_a_folder_without_a_scheduler_or_without_anything_is_refused(
     store.save(teacher.network, tmp_path / "alone" / "unet")
     with pytest.raises(BundleError, match=r"has no scheduler_config\.json"):
         Teacher.open(tmp_path / "alone")
-    with pytest.raises(BundleError, match="no such teacher; give 'digits' or a diffusers folder"):
+    with pytest.raises(BundleError, match="no such teacher; give 'digits', 'captioned_digits' or a diffusers"):
         Teacher.open(tmp_path / "gone")
 
 
