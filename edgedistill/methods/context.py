@@ -3,16 +3,26 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from edgedistill.errors import ConfigError
+from edgedistill.methods.plan import Batch
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.unet import SCALES, Inputs, extend
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+
+
+class Samples(Protocol):
+    """The data that the run trains on."""
+
+    def __len__(self) -> int: ...
+
+    def first(self, count: int) -> Batch:
+        """Return the first samples in the order of training; after the last one it begins again."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Context:
         shape: (channels, height, width) of the state.
         conditions: What the teacher is conditioned on.
         null: Their values for "no condition"; empty where the teacher was not trained with any.
+        samples: The data, for what a method computes beforehand; None where there is none.
+        seed: Key of the weights that no teacher gives.
         space: Meaning of the state (see `SamplerTable`).
         clamp: Range of finished samples, or None.
     """
@@ -41,6 +53,8 @@ class Context:
     shape: tuple[int, int, int]
     conditions: tuple[Condition, ...]
     null: Mapping[str, Any] = field(default_factory=dict)
+    samples: Samples | None = None
+    seed: int = 0
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
     )

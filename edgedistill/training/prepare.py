@@ -71,6 +71,13 @@ class ImageBatches:
             self._seed,
         )
 
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def first(self, count: int) -> Batch:
+        """Return the first samples in the order of training, on the CPU."""
+        return self.batch(0, Slice(count, 0, count), torch.device("cpu"))
+
     def batch(self, start: int, part: Slice, device: torch.device) -> Batch:
         """Return one part of the global batch that begins at running sample `start`."""
         chosen = self._order.indices(start + part.start, part.stop - part.start)
@@ -102,12 +109,12 @@ def prepare(recipe: Recipe) -> Prepared:
         msg = f"Teacher {recipe.teacher!r} knows classes 0..{teacher.classes - 1}; data {recipe.data!r} must be labelled with these."
         raise ConfigError(msg)
     batches = ImageBatches(images.images, labels, teacher.null, recipe.seed)
-    plan = METHODS[recipe.method].plan(recipe.settings, _context(recipe, teacher))
+    plan = METHODS[recipe.method].plan(recipe.settings, _context(recipe, teacher, batches))
     subsets = {name: batches.subset(chosen) for name, chosen in plan.subsets.items()}
     return Prepared(recipe, teacher, {"data": batches, **subsets}, plan)
 
 
-def _context(recipe: Recipe, teacher: Teacher) -> Context:
+def _context(recipe: Recipe, teacher: Teacher, samples: ImageBatches) -> Context:
     schedule = Schedule.from_config(teacher.scheduler)
     scheduler = student_scheduler(recipe, teacher)
     conditions = (Condition("class_labels", "class", teacher.classes),) if teacher.classes else ()
@@ -120,6 +127,8 @@ def _context(recipe: Recipe, teacher: Teacher) -> Context:
         shape=teacher.shape,
         conditions=conditions,
         null=teacher.null,
+        samples=samples,
+        seed=recipe.seed,
     )
 
 
