@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Without bytecode files the first import of diffusers alone takes some 15 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quality teacher bench-cold clean
+.PHONY: demo test check quality teacher bench-cold bench-train clean
 
 demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
 	$(BIN)/edgedistill demo -o demo
@@ -26,6 +26,9 @@ teacher: .venv/done  ## Train the packaged teacher again and compare it byte for
 
 bench-cold: .venv/done  ## Process start to picture, against a bare script.
 	$(BIN)/python examples/bench_cold_start.py
+
+bench-train: .venv/done  ## A step through the trainer against the same step in plain PyTorch.
+	$(BIN)/python examples/bench_train.py
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedistill needs Python 3.11 or newer; set PYTHON=python3.11")'

@@ -56,8 +56,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, method: str) -> No
     assert len(records[0]) == len(records[1]) > 6
     for a, b in zip(*records, strict=True):
         assert a.keys() == b.keys()
-        for name in a:
-            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+        losses = [{k: v for k, v in record.items() if isinstance(v, float)} for record in (a, b)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     networks = sorted(path.parent.name for path in one.glob(f"*/{WEIGHTS}"))
     for name in networks:
         weights = [load_file(root / name / WEIGHTS) for root in (one, two)]
