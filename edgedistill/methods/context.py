@@ -10,6 +10,7 @@ from torch import nn
 from edgedistill.errors import ConfigError
 from edgedistill.methods.plan import Batch
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.lora import LoraSettings, inject
 from edgedistill.models.unet import SCALES, Inputs, extend
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
@@ -43,6 +44,7 @@ class Context:
         seed: Key of the weights that no teacher gives.
         space: Meaning of the state (see `SamplerTable`).
         clamp: Range of finished samples, or None.
+        lora: Updates that students get in place of training whole weights, or None.
     """
 
     method: str
@@ -59,6 +61,7 @@ class Context:
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
     )
     clamp: tuple[float, float] | None = (-1.0, 1.0)
+    lora: LoraSettings | None = None
 
     @property
     def schedule(self) -> Schedule:
@@ -78,6 +81,8 @@ class Context:
         """
         inputs = Inputs({name: SCALES[name] for name in scalars}, image_channels, residuals)
         plain = copy.deepcopy(self.base) if inputs == Inputs() else extend(self.base, inputs)
+        if self.lora is not None:
+            inject(plain, self.lora)
         return Denoiser(plain, self.schedule, self.prediction_type)
 
     def copy_of_teacher(self) -> Denoiser:

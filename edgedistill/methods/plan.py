@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.lora import has_updates, is_trained
 from edgedistill.table import SamplerTable
 
 
@@ -90,7 +91,8 @@ class OptimizerSettings:
         learning_rate: Peak value.
         betas, weight_decay, eps: As in torch.
         warmup: Iterations over which the rate rises linearly from 0.
-        decay: ``constant``; or ``linear`` or ``cosine``, down to 0 at the end of the phase.
+        decay: ``constant``; ``linear`` or ``cosine``, down to 0 at the end of the phase; or ``step``, down
+            to a tenth after half of it.
     """
 
     kind: Literal["adam", "adamw", "radam"] = "adam"
@@ -99,7 +101,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     eps: float = 1e-8
     warmup: int = 0
-    decay: Literal["constant", "linear", "cosine"] = "linear"
+    decay: Literal["constant", "linear", "cosine", "step"] = "linear"
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -147,7 +149,8 @@ class Role:
         name: ``student``, ``teacher``, ``previous``, ``guide``, ``fake``, ...
         module: A `Denoiser`, or any module that a loss calls (a discriminator's head).
         trained: Whether some update steps it.
-        trains: Which of its network's parameters are trained, by name; None: all.
+        trains: Which of its network's parameters are trained, by name; None: all, or, where it has
+            low-rank updates, these.
         follows: The role whose moving average it is, or None.
     """
 
@@ -161,6 +164,12 @@ class Role:
     def network(self) -> nn.Module:
         """The module whose weights are trained, averaged, copied and saved."""
         return self.module.network if isinstance(self.module, Denoiser) else self.module
+
+    def is_trained(self, parameter: str) -> bool:
+        """Say whether a parameter of its network is trained."""
+        if self.trains is not None:
+            return self.trained and self.trains(parameter)
+        return self.trained and (not has_updates(self.network) or is_trained(parameter))
 
 
 @dataclass(frozen=True)

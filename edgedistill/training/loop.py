@@ -85,8 +85,7 @@ class Trainer:
         for role in self.plan.roles:
             self._modules[role.name] = role.module.to(device).eval()
             for name, parameter in role.network.named_parameters():
-                chosen = role.trains is None or role.trains(name)
-                parameter.requires_grad_(role.trained and chosen)
+                parameter.requires_grad_(role.is_trained(name))
             if role.trained:
                 self._wrap(role)
         self._followed = dict.fromkeys(self.roles, 0)
@@ -315,6 +314,8 @@ def curve(settings: OptimizerSettings, iteration: int, iterations: int) -> float
     done = (iteration - settings.warmup) / max(iterations - settings.warmup, 1)
     if settings.decay == "linear":
         return 1.0 - done
+    if settings.decay == "step":
+        return 1.0 if done < 0.5 else 0.1
     return 0.5 * (1 + math.cos(math.pi * done)) if settings.decay == "cosine" else 1.0
 
 

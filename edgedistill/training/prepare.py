@@ -129,6 +129,7 @@ def _context(recipe: Recipe, teacher: Teacher, samples: ImageBatches) -> Context
         null=teacher.null,
         samples=samples,
         seed=recipe.seed,
+        lora=recipe.lora,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from edgedistill.config import build, override, read_yaml
 from edgedistill.errors import ConfigError
 from edgedistill.methods.registry import METHODS
+from edgedistill.models.lora import LoraSettings
 from edgedistill.models.slim import CutSettings
 from edgedistill.training.settings import TrainingSettings
 
@@ -29,6 +30,7 @@ class Recipe:
         prediction_type: What the student predicts; None: what the teacher does. Another kind needs a longer
             first phase, since the teacher's weights start it off with the wrong one.
         student: How the student is cut from the teacher; None: the teacher's own architecture.
+        lora: Train low-rank updates of the students alone; None: whole weights.
         training: Settings of the loop.
     """
 
@@ -39,6 +41,7 @@ class Recipe:
     seed: int = 0
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
     student: CutSettings | None = None
+    lora: LoraSettings | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:

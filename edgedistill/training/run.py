@@ -17,6 +17,7 @@ from edgedistill.files import write_json, written_aside
 from edgedistill.methods.plan import Emission
 from edgedistill.models import store
 from edgedistill.models.denoiser import plain_network
+from edgedistill.models.lora import has_updates, merged
 from edgedistill.models.run import sample_torch
 from edgedistill.student import MANIFEST, Student
 from edgedistill.table import SamplerTable
@@ -146,7 +147,7 @@ def _write_student(
         for name, state in states.items():
             trained = plain_network(roles[emission.networks[name]])
             network = store.build(store.config_of(trained))
-            network.load_state_dict(state)
+            network.load_state_dict(merged(trained, state) if has_updates(trained) else state)
             store.save(network, aside / name)
             signatures[name] = store.signature(network)
             parameters[name] = sum(value.numel() for value in network.parameters())
