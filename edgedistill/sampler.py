@@ -109,7 +109,7 @@ def enter_stage(
         factor, name = stage.init_image
         z = z + given[name] * factor
     if stage.carry is not None:
-        carried = _resize(before, stage.carry, stage.shape) * stage.carry_scale
+        carried = resize(before, stage.carry, stage.shape) * stage.carry_scale
         if stage.carry_noise is not None:
             carried = carried + noise[stage.carry_noise[1]] * stage.carry_noise[0]
         if stage.carry_to is None:
@@ -247,7 +247,7 @@ def _as(raw: Array, z: Array) -> Array:
     return raw.astype(z.dtype) if hasattr(raw, "astype") else raw.to(z.dtype)
 
 
-def _resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
+def resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
     """Change height and width by a whole factor: nearest-neighbour up, or the mean of areas down."""
     batch, channels, height, width = z.shape
     if how == "identity":
