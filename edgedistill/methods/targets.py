@@ -1,6 +1,7 @@
 """Target functions: pure, without gradients, and what the closed-form tests hit."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch import Tensor
 from edgedistill.models.denoiser import Denoiser
 
 Predict = Callable[[Tensor, Tensor], Tensor]
+Solver = Literal["heun", "dpm", "ddim"]
 
 
 def cfg_combine(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
@@ -29,6 +31,8 @@ def cfg_combine(conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor
 def ddim_step(denoiser: Denoiser, z: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Move the state from t to s along the deterministic DDIM path of an x0 estimate.
 
+    Where s equals t, the state comes back bit for bit.
+
     Args:
         denoiser: Gives alpha and sigma.
         z, x0: State at t and the estimate made there.
@@ -39,7 +43,39 @@ def ddim_step(denoiser: Denoiser, z: Tensor, x0: Tensor, t: Tensor, s: Tensor) -
     """
     alpha_t, sigma_t = denoiser.alpha_sigma(t)
     alpha_s, sigma_s = denoiser.alpha_sigma(s)
-    return (sigma_s / sigma_t) * (z - alpha_t * x0) + alpha_s * x0
+    ratio = sigma_s / sigma_t
+    return ratio * z + (alpha_s - ratio * alpha_t) * x0
+
+
+@torch.no_grad()
+def solver_step(
+    denoiser: Denoiser, predict: Predict, z: Tensor, t: Tensor, s: Tensor, solver: Solver
+) -> Tensor:
+    """Move the state from t to s along the probability-flow ODE of an x0 estimate.
+
+    Both second-order solvers are a DDIM step of ``D_t + share * (D_s - D_t)``, where D_s is the estimate
+    at the state to which D_t alone leads: Heun's rule in the noise level r = sigma/alpha has the share
+    ``r_t / (2 r_s)``, and needs steps that are small in log r; DPM-Solver++'s has 1/2 whatever the step.
+
+    Args:
+        denoiser: Gives alpha and sigma.
+        predict: x0 of (state, timestep).
+        z: State at t.
+        t, s: (batch,) labels of at least 0, s < t.
+        solver: ``ddim`` is Euler's rule, of first order.
+
+    References:
+        Karras et al., arXiv:2206.00364, Algorithm 1 (Heun); Lu et al., arXiv:2211.01095, Algorithm 1
+        with r = 1.
+    """
+    first = predict(z, t)
+    landed = ddim_step(denoiser, z, first, t, s)
+    if solver == "ddim":
+        return landed
+    alpha_t, sigma_t = denoiser.alpha_sigma(t)
+    alpha_s, sigma_s = denoiser.alpha_sigma(s)
+    share = sigma_t * alpha_s / (2 * alpha_t * sigma_s) if solver == "heun" else 0.5
+    return ddim_step(denoiser, z, first + share * (predict(landed, s) - first), t, s)
 
 
 @torch.no_grad()

@@ -98,13 +98,17 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the prediction and the features (batch, width, h, w) that leave the middle block.
 
+        The network is called out of its wrappers: those of data parallelism would wait for gradients of
+        its second half, which the features do not depend on.
+
         Raises:
             ConfigError: If the network has no middle block.
         """
         kept: list[Tensor] = []
         handle = self.middle.register_forward_hook(lambda *call: kept.append(call[2]))
         try:
-            raw = self.raw(z, t, conditions)
+            inputs = self._inputs(self.signature, z, t, conditions)
+            raw = store.call(plain_network(self.network), inputs)
             return raw, kept[-1]
         finally:
             handle.remove()
@@ -122,6 +126,19 @@ class Denoiser(nn.Module):
             msg = f"A {type(plain).__name__} without a middle block has no features to tap; choose a network that keeps it."
             raise ConfigError(msg)
         return block
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The last of the trained kernels and matrices: what the gradients of losses are compared on.
+
+        Raises:
+            ConfigError: If none is trained.
+        """
+        trained = [p for p in self.network.parameters() if p.requires_grad and p.ndim > 1]
+        if not trained:
+            msg = f"No layer of this {type(plain_network(self.network)).__name__} is trained, so that no gradients can be compared on it."
+            raise ConfigError(msg)
+        return trained[-1]
 
     def x0(self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return D(z, t), the estimate of clean data."""
