@@ -13,6 +13,7 @@ every phase starts from the weights of the one before.
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -114,7 +115,25 @@ def plan(settings: GuidedSettings, context: Context) -> Plan:
     context.require_null()
     student = context.student("w")
     _check_start(student)
-    sketch = _Sketch(settings, context)
+    return stages(settings, context, student)
+
+
+def stages(
+    settings: GuidedSettings,
+    context: Context,
+    student: Denoiser,
+    networks: Mapping[str, str] | None = None,
+    further: tuple[Role, ...] = (),
+) -> Plan:
+    """Lay out both stages for a student that takes w.
+
+    Args:
+        settings, context: Of the method.
+        student: What is trained.
+        networks: What every row calls, in order, with the role that holds it; None: the student as ``unet``.
+        further: Other roles that are emitted.
+    """
+    sketch = _Sketch(settings, context, networks or {"unet": "student"})
     rows = {settings.jumps(count): count for count in settings.steps}
     counts = [settings.start_steps]
     while counts[-1] > min(rows):
@@ -127,6 +146,7 @@ def plan(settings: GuidedSettings, context: Context) -> Plan:
     if settings.ema is not None:
         follow = Follow("student", settings.ema)
         roles.append(Role("average", copy.deepcopy(student), follows=follow))
+    roles += further
     return Plan(tuple(roles), tuple(_phase(sketch, count, rows.get(count)) for count in counts))
 
 
@@ -156,7 +176,10 @@ def _phase(sketch: "_Sketch", count: int, rows: int | None) -> Phase:
     # What the next phase goes on from is what was emitted: the average where there is one.
     result = "student" if settings.ema is None else "average"
     copies = () if settings.ema is None else (("average", "student"),)
-    student = Emission(f"{rows or count}-step", table, {"unet": result})
+    networks = {
+        name: result if role == "student" else role for name, role in sketch.networks.items()
+    }
+    student = Emission(f"{rows or count}-step", table, networks)
     return Phase(
         "fold" if is_fold else f"halve to {count}",
         part.iterations,
@@ -222,12 +245,16 @@ class _Sketch:
 
     settings: GuidedSettings
     context: Context
+    networks: Mapping[str, str]
 
     def deterministic(self, count: int) -> SamplerTable:
         """N DDIM rows on the trailing grid; the last one returns x0."""
         schedule, kind = self.context.schedule, self.context.kind
         grid = time_grid(schedule, count).tolist()
-        rows = tuple(ddim_row(schedule, grid[k], grid[k - 1], kind) for k in range(count, 0, -1))
+        rows = tuple(
+            ddim_row(schedule, grid[k], grid[k - 1], kind, network=self.call)
+            for k in range(count, 0, -1)
+        )
         return self._wrap(rows, 1)
 
     def stochastic(self, count: int) -> SamplerTable:
@@ -235,11 +262,18 @@ class _Sketch:
         schedule, kind = self.context.schedule, self.context.kind
         grid = time_grid(schedule, count).tolist()
         rows = [
-            jump_and_noise_row(schedule, grid[k], grid[k - 2], grid[k - 1], kind, noise=index)
+            jump_and_noise_row(
+                schedule, grid[k], grid[k - 2], grid[k - 1], kind, noise=index, network=self.call
+            )
             for index, k in enumerate(range(count, 1, -1), start=1)
         ]
-        rows.append(ddim_row(schedule, grid[1], END, kind))
+        rows.append(ddim_row(schedule, grid[1], END, kind, network=self.call))
         return self._wrap(tuple(rows), count)
+
+    @property
+    def call(self) -> tuple[str, ...]:
+        """The networks of a row in the order of their calls."""
+        return tuple(self.networks)
 
     def _wrap(self, rows: tuple[Row, ...], noise_count: int) -> SamplerTable:
         settings = self.settings

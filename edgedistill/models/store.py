@@ -34,9 +34,9 @@ def _autoencoder(config: dict[str, Any]) -> nn.Module:
 
 
 def _guide(config: dict[str, Any]) -> nn.Module:
-    from edgedistill.models.guide import Guide
+    from edgedistill.models.guide import TinyGuide
 
-    return Guide(config)
+    return TinyGuide(config)
 
 
 def _half_autoencoder(config: dict[str, Any]) -> nn.Module:
@@ -54,7 +54,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "VaeEncoder": _half_autoencoder,
     "VaeDecoder": _half_autoencoder,
     "ExtendedUNet2DModel": build_extended,
-    "Guide": _guide,
+    "TinyGuide": _guide,
     "ResidualEncoder": build_residual_encoder,
 }
 
