@@ -90,7 +90,7 @@ class ExtendedUNet2DModel(nn.Module):
         self.conv_in: nn.Conv2d = unet.conv_in
         self.conv_image = _image_stem(unet.conv_in, inputs.image_channels + inputs.mask)
         self.time_proj: nn.Module = unet.time_proj
-        self.time_embedding: nn.Module = with_scalars(unet.time_embedding, len(inputs.scalars))
+        self.time_embedding: nn.Module = _with_scalars(unet.time_embedding, len(inputs.scalars))
         self.class_embedding: nn.Module | None = unet.class_embedding
         self.down_blocks: nn.ModuleList = unet.down_blocks
         self.mid_block: nn.Module | None = unet.mid_block
@@ -244,8 +244,7 @@ _STOCK: dict[str, tuple[Any, ...]] = {
 }
 
 
-def with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
-    """Return a time MLP that also takes `count` embedded scalars, which change nothing at first."""
+def _with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
     if not count:
         return old
     features = old.linear_1.in_features
