@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgedistill.methods import guide, guided
+from edgedistill.methods import guide, guided, sfd
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Plan
 
@@ -25,4 +25,5 @@ class Method:
 METHODS: Mapping[str, Method] = {
     "guide": Method(guide.GuideSettings, guide.plan),
     "guided": Method(guided.GuidedSettings, guided.plan),
+    "sfd": Method(sfd.SfdSettings, sfd.plan),
 }

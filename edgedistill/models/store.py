@@ -166,8 +166,7 @@ def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -
     folder.mkdir(parents=True, exist_ok=True)
     whole = config_of(network)
     config = {key: value for key, value in whole.items() if not key.startswith("_")}
-    kind = whole.get("_class_name", type(network).__name__)
-    write_json(folder / "config.json", {"_class_name": kind, **config})
+    write_json(folder / "config.json", {"_class_name": whole["_class_name"], **config})
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
         for name, value in network.state_dict().items()
@@ -176,9 +175,9 @@ def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
-    """Return a network's configuration as a plain dictionary."""
+    """Return a network's configuration as a plain dictionary, its class included."""
     config: Any = network.config
-    return dict(config)
+    return {"_class_name": type(network).__name__, **dict(config)}
 
 
 def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
