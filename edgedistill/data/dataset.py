@@ -42,49 +42,48 @@ class LazyPixels:
     """Images that are read when they are asked for; `numpy.asarray` reads them all.
 
     Args:
-        count: Number of images.
+        count: Number of images, at least 1.
         read: Returns image i as 8-bit (height, width, channels).
-        name: Of the whole set, for messages.
-
-    Raises:
-        ConfigError: If there are no images, or, when one is read, its size is not that of the first.
+        name: Says where image i lies, for messages.
     """
 
     dtype = np.dtype(np.float32)
     ndim = 4
 
-    def __init__(self, count: int, read: Callable[[int], np.ndarray], name: str) -> None:
-        if not count:
-            msg = f"{name}: holds no image."
-            raise ConfigError(msg)
+    def __init__(
+        self, count: int, read: Callable[[int], np.ndarray], name: Callable[[int], str]
+    ) -> None:
         self._count, self._read, self._name = count, read, name
-        height, width, channels = read(0).shape
+        self._first = read(0).shape
+        height, width, channels = self._first
         self.shape = (count, channels, height, width)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all images together would take."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        numbers = np.arange(self._count)[
-            np.asarray(index) if not isinstance(index, slice) else index
-        ]
+        numbers = np.arange(self._count)[index]
         images = [self._one(int(number)) for number in np.atleast_1d(numbers)]
         made = (
-            from_uint8(np.stack(images)) if images else np.zeros((0, *self.shape[1:]), self.dtype)
+            from_uint8(np.stack(images)) if images else np.zeros((0, *self.shape[1:]), np.float32)
         )
         return made if numbers.ndim else made[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:  # noqa: FBT001
         if copy is False:
-            msg = f"{self._name}: images on disk become an array only by copying."
+            msg = "Images that lie on disk become an array only by copying."
             raise ValueError(msg)
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _one(self, number: int) -> np.ndarray:
         image = self._read(number)
-        channels, height, width = self.shape[1:]
-        if image.shape != (height, width, channels):
-            msg = f"{self._name}: image {number} is {image.shape}, but the first is {(height, width, channels)} (height, width, channels); all images must agree."
+        if image.shape != self._first:
+            msg = f"{self._name(number)}: is {image.shape}, but {self._name(0)} is {self._first} (height, width, channels); all images must agree."
             raise ConfigError(msg)
         return image
 
