@@ -36,29 +36,23 @@ class PredictionType(StrEnum):
         raise ConfigError(msg)
 
 
-_NAMED_BY_CLASS = {
-    "EDMEulerScheduler": PredictionType.EDM,
-    "EDMDPMSolverMultistepScheduler": PredictionType.EDM,
-    "FlowMatchEulerDiscreteScheduler": PredictionType.FLOW,
-}
-
-
 def prediction_of(config: Mapping[str, Any]) -> PredictionType:
     """Return what a diffusers scheduler configuration says that its network predicts.
 
-    The EDM schedulers call F "epsilon"; the flow schedulers say nothing.
+    The EDM schedulers call F "epsilon"; a flow's scheduler says nothing of its own accord.
 
     Raises:
         ConfigError: If the kind is not known, or is the negative F that EDM calls "v_prediction".
     """
-    name, said = config.get("_class_name"), config.get("prediction_type") or "epsilon"
-    kind = _NAMED_BY_CLASS.get(str(name))
-    if kind is PredictionType.EDM and said not in ("epsilon", "edm"):
-        msg = f"`prediction_type` of a {name} must be epsilon, got {said!r}; networks of that sign cannot be read."
-        raise ConfigError(msg)
-    if kind is None and said == "flow_prediction":
+    name, said = str(config.get("_class_name")), config.get("prediction_type")
+    if name.startswith("EDM"):
+        if said not in (None, "epsilon", "edm"):
+            msg = f"`prediction_type` of a {name} must be epsilon, got {said!r}; networks of that sign cannot be read."
+            raise ConfigError(msg)
+        return PredictionType.EDM
+    if said == "flow_prediction" or (said is None and name.startswith("FlowMatch")):
         return PredictionType.FLOW
-    return kind or PredictionType(said)
+    return PredictionType(said or "epsilon")
 
 
 def x0_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficients:

@@ -124,6 +124,7 @@ def test_edm_has_the_numbers_of_the_paper() -> None:
         ({"_class_name": "EDMEulerScheduler"}, "edm"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler", "prediction_type": "epsilon"}, "edm"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "prediction_type": "sample"}, "sample"),
         ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow"),
     ],
 )

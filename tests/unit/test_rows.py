@@ -309,6 +309,42 @@ def test_every_builder_writes_its_own_kind_into_the_note() -> None:
         assert build(SCHEDULE, **times, **given, **noise).note["kind"] == name
 
 
+@pytest.mark.parametrize("kind", ["sample", "v_prediction", "edm", "flow"])
+def test_rows_from_pure_noise_take_all_of_x_from_the_network(kind: str) -> None:
+    """At alpha = 0 the state is eps itself: s = alpha_s*x + sigma_s*z, whatever x is made of."""
+    for schedule in (ZERO_SNR, FLOW):
+        for s in (700, 0, -1):
+            alpha_s, sigma_s = schedule.alpha_sigma(s)
+            row = ddim_row(schedule, 999, s, kind)
+            assert row.next == Next(z=sigma_s, x0=alpha_s)
+            assert renoise_row(schedule, 999, s, kind, 1).next.x0 == alpha_s
+            clipped = ddim_row(schedule, 999, s, kind, clip=(-1.0, 1.0)).next
+            assert (clipped.z, clipped.x0, clipped.raw) == (sigma_s, alpha_s, 0.0)
+    expected = {"sample": (0, 1), "v_prediction": (0, -1), "edm": (0, 0.5), "flow": (1, -1)}
+    assert row.x0 == expected[kind]
+
+
+def test_rows_of_the_cleanest_label_have_the_numbers_of_their_equations() -> None:
+    for family, kind in (
+        ("vp", "epsilon"),
+        ("vp", "v_prediction"),
+        ("edm", "edm"),
+        ("flow", "flow"),
+    ):
+        schedule = FAMILIES[family]
+        alpha, sigma = schedule.alpha_sigma(0)
+        c_out = sigma * 0.5 / math.hypot(sigma, 0.5)
+        a_z, a_r = {
+            "epsilon": (1 / alpha, -sigma / alpha),
+            "v_prediction": (alpha, -sigma),
+            "edm": (0.25 / (sigma**2 + 0.25), c_out),
+            "flow": (1.0, -sigma),
+        }[kind]
+        row = ddim_row(schedule, 0, -1, kind)
+        assert row.x0 == pytest.approx((a_z, a_r), rel=1e-14)
+        assert row.next == Next(x0=1.0)
+
+
 def test_options_and_note_end_up_in_the_row() -> None:
     row = ddim_row(
         SCHEDULE, 9, 4, "sample", network="student", guidance_scale=2.0, feeds_name="t", clip=None

@@ -163,11 +163,10 @@ def stages_table(*, noised: bool) -> SamplerTable:
 
 
 def routed_table() -> SamplerTable:
-    schedule = Schedule.from_config(SCALED)
     return wrapped(
         SCALED,
         "epsilon",
-        [ddim_row(schedule, 999, -1, "epsilon")],
+        [ddim_row(Schedule.from_config(SCALED), 999, -1, "epsilon")],
         router=Router("class_table", "class_labels", 2, (0, 1)),
         conditions=(Condition("class_labels", "class", 2),),
     )
