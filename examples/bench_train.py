@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from edgedistill.data import load_digits
-from edgedistill.models.unet import Inputs, extend
+from edgedistill.models.extend import extend
+from edgedistill.models.inputs import Inputs
 from edgedistill.teacher import Teacher
 from edgedistill.training.logs import Unwatched
 from edgedistill.training.prepare import prepare

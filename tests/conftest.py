@@ -41,7 +41,8 @@ def make_network(channels=(8, 16), seed=0):
     import torch
     from diffusers import UNet2DModel
 
-    from edgedistill.models.unet import ExtendedUNet2DModel, Inputs
+    from edgedistill.models.inputs import Inputs
+    from edgedistill.models.unet import ExtendedUNet2DModel
 
     torch.manual_seed(seed)
     unet = UNet2DModel(

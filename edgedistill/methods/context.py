@@ -10,8 +10,9 @@ from torch import nn
 from edgedistill.errors import ConfigError
 from edgedistill.methods.plan import Batch
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.extend import extend
+from edgedistill.models.inputs import SCALES, Inputs
 from edgedistill.models.lora import LoraSettings, inject
-from edgedistill.models.unet import SCALES, Inputs, extend
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage

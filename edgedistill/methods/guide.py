@@ -25,8 +25,8 @@ from edgedistill.methods.context import Context
 from edgedistill.methods.guided import GuidedSettings, stages
 from edgedistill.methods.plan import Plan, Role
 from edgedistill.models.guide import GuidedDenoiser, tiny_guide
+from edgedistill.models.inputs import SCALES, Inputs
 from edgedistill.models.residuals import residual_encoder
-from edgedistill.models.unet import SCALES, Inputs
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.models.unet import SCALES, residual_shapes, scalar_embedding
+from edgedistill.models.inputs import SCALES, scalar_embedding
+from edgedistill.models.unet import residual_shapes
 
 GROUPS = 8
 

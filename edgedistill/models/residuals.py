@@ -8,13 +8,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
-from edgedistill.models.unet import (
-    ExtendedUNet2DModel,
-    Inputs,
-    build_stock,
-    inputs_of,
-    residual_shapes,
-)
+from edgedistill.models.inputs import Inputs, inputs_of
+from edgedistill.models.unet import ExtendedUNet2DModel, build_stock, residual_shapes
 
 
 class ResidualEncoder(ExtendedUNet2DModel):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
-from edgedistill.models.conditional import build_conditional
+from edgedistill.models.conditional import build_conditional, build_extended_conditional
 from edgedistill.models.residuals import build_residual_encoder
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
@@ -54,6 +54,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "VaeEncoder": _half_autoencoder,
     "VaeDecoder": _half_autoencoder,
     "ExtendedUNet2DModel": build_extended,
+    "ExtendedUNet2DConditionModel": build_extended_conditional,
     "TinyGuide": _guide,
     "ResidualEncoder": build_residual_encoder,
 }

@@ -1,9 +1,6 @@
 """Stock UNets with further inputs: embedded scalars, an image, residuals; and the folding of guidance into weights."""
 
-import copy
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,46 +9,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
-
-EMBEDDING_DIM = 256
-SCALES = {"w": 1000.0, "s": 1.0, "step": 100.0, "r": 100.0}
-"""By scalar input: what it is multiplied with before its sinusoid (guidance as in latent-consistency models)."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a network takes beside the stock inputs.
-
-    Fields:
-        scalars: Numbers per sample that enter the time embedding, by name; with their scales.
-        image_channels: Channels of an image of the state's size; 0: none.
-        residuals: Whether maps ``residual_0``, ... are added to the skips and, the last one, to the
-            middle (the order of a ControlNet).
-        mask: Whether a mask comes with the image, 1 where the sampler draws; the image is hidden there.
-    """
-
-    scalars: Mapping[str, float] = field(default_factory=dict)
-    image_channels: int = 0
-    residuals: bool = False
-    mask: bool = False
-
-
-def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> Tensor:
-    """Return sines and cosines of ``scale * value``, the embedding of latent-consistency models.
-
-    Args:
-        value: (batch,) such as Meng's guidance weight w, then with scale 1000.
-        scale: Multiplies the value.
-        dim: Even width of the embedding.
-
-    Returns:
-        (batch, dim) float32: all sines, then all cosines.
-    """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=value.device)
-    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
-    angles = scale * value.float()[:, None] * frequencies[None]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, scalar_embedding
 
 
 class ExtendedUNet2DModel(nn.Module):
@@ -163,18 +121,6 @@ class ExtendedUNet2DModel(nn.Module):
         return embedding
 
 
-def extend(network: nn.Module, inputs: Inputs) -> nn.Module:
-    """Return a copy of a stock network with further inputs.
-
-    Raises:
-        ConfigError: If it is of a class, or has parts, to which inputs cannot be added.
-    """
-    if not isinstance(network, UNet2DModel):
-        msg = f"No inputs can be added to a {type(network).__name__}; this release extends UNet2DModel."
-        raise ConfigError(msg)
-    return ExtendedUNet2DModel(copy.deepcopy(network), inputs)
-
-
 def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """Return (channels, height, width) of every residual of a `UNet2DModel` configuration: skips, then middle."""
     size = config["sample_size"]
@@ -224,16 +170,6 @@ def build_stock(config: Mapping[str, Any]) -> UNet2DModel:
 def build_extended(config: Mapping[str, Any]) -> ExtendedUNet2DModel:
     """Build an untrained `ExtendedUNet2DModel` from a configuration."""
     return ExtendedUNet2DModel(build_stock(config), inputs_of(config))
-
-
-def inputs_of(config: Mapping[str, Any]) -> Inputs:
-    """Return what a configuration says that a network takes beside the stock inputs."""
-    return Inputs(
-        config["scalar_inputs"],
-        config["image_channels"],
-        config["residual_inputs"],
-        config.get("mask_input", False),
-    )
 
 
 _OURS = ("scalar_inputs", "image_channels", "residual_inputs", "mask_input", "base_channels")

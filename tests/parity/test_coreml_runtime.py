@@ -19,7 +19,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel  # noqa: E402
 
 from edgedistill.mlpackage import read_package  # noqa: E402
 from edgedistill.models import store  # noqa: E402
-from edgedistill.models.unet import ExtendedUNet2DModel, Inputs  # noqa: E402
+from edgedistill.models.inputs import Inputs  # noqa: E402
+from edgedistill.models.unet import ExtendedUNet2DModel  # noqa: E402
 from export import to_coreml  # noqa: E402
 from export.frozen import Frozen, examples  # noqa: E402
 from export.to_coreml import write_coreml  # noqa: E402

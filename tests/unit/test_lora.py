@@ -8,8 +8,9 @@ import torch
 
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
+from edgedistill.models.extend import extend
+from edgedistill.models.inputs import Inputs
 from edgedistill.models.lora import LoraSettings, has_updates, inject, is_trained, merged
-from edgedistill.models.unet import Inputs, extend
 from edgedistill.student import Student
 from edgedistill.teacher import Teacher
 from edgedistill.training.recipe import Recipe

@@ -10,14 +10,9 @@ from safetensors.torch import save_file
 
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
+from edgedistill.models.inputs import Inputs, scalar_embedding
 from edgedistill.models.slim import CutSettings, cut
-from edgedistill.models.unet import (
-    ExtendedUNet2DModel,
-    Inputs,
-    bake_guidance,
-    build_stock,
-    scalar_embedding,
-)
+from edgedistill.models.unet import ExtendedUNet2DModel, bake_guidance, build_stock
 
 CONFIG: dict[str, Any] = {
     "sample_size": 8,

@@ -1,0 +1,59 @@
+"""What a network may take beside its stock inputs, and how numbers among it are embedded."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EMBEDDING_DIM = 256
+SCALES = {"w": 1000.0, "s": 1.0, "step": 100.0, "r": 100.0}
+"""By scalar input: what it is multiplied with before its sinusoid (guidance as in latent-consistency models)."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a network takes beside the stock inputs.
+
+    Fields:
+        scalars: Numbers per sample that enter the time embedding, by name; with their scales.
+        image_channels: Channels of an image of the state's size; 0: none.
+        residuals: Whether maps ``residual_0``, ... are added to the skips and, the last one, to the
+            middle (the order of a ControlNet).
+        mask: Whether a mask comes with the image, 1 where the sampler draws; the image is hidden there.
+    """
+
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    image_channels: int = 0
+    residuals: bool = False
+    mask: bool = False
+
+
+def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> Tensor:
+    """Return sines and cosines of ``scale * value``, the embedding of latent-consistency models.
+
+    Args:
+        value: (batch,) such as Meng's guidance weight w, then with scale 1000.
+        scale: Multiplies the value.
+        dim: Even width of the embedding.
+
+    Returns:
+        (batch, dim) float32: all sines, then all cosines.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=value.device)
+    frequencies = torch.exp(steps * (-math.log(10000.0) / (half - 1)))
+    angles = scale * value.float()[:, None] * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def inputs_of(config: Mapping[str, Any]) -> Inputs:
+    """Return what a configuration says that a network takes beside the stock inputs."""
+    return Inputs(
+        config["scalar_inputs"],
+        config["image_channels"],
+        config["residual_inputs"],
+        config.get("mask_input", False),
+    )

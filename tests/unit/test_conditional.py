@@ -1,0 +1,75 @@
+"""A stock UNet2DConditionModel with further inputs: nothing changes at first, and w opens in diffusers' own class."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from edgedistill.models import store
+from edgedistill.models.extend import extend
+from edgedistill.models.inputs import Inputs
+
+
+@pytest.fixture
+def stock() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+def feeds(network: torch.nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made = {}
+    for spec in store.signature(network).inputs:
+        shape = [2, *(5 if size == "length" else int(size) for size in spec.shape[1:])]
+        value = torch.randn(shape, generator=generator)
+        made[spec.name] = 500 + 100 * value if spec.kind in ("t", "s") else value
+    return made
+
+
+@torch.no_grad()
+def test_untrained_inputs_change_nothing_and_storage_keeps_every_bit(
+    stock: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    network = extend(stock, Inputs({"w": 1000.0, "s": 1.0}, image_channels=2, residuals=True))
+    given = feeds(network)
+    zeros = {n: v * 0 if n.startswith("residual_") else v for n, v in given.items()}
+    wanted = stock(*(given[n] for n in ("sample", "timestep", "encoder_hidden_states"))).sample
+    torch.testing.assert_close(network(**zeros), wanted, rtol=0, atol=1e-6)
+    assert (network(**given) - wanted).abs().max() > 1e-2
+    store.save(network, tmp_path)
+    assert torch.equal(store.load(tmp_path)(**given), network(**given))
+
+
+@torch.no_grad()
+def test_a_student_of_w_opens_in_diffusers_and_takes_the_embedding_of_its_pipelines(
+    stock: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    from diffusers import LatentConsistencyModelPipeline
+
+    network = extend(stock, Inputs({"w": 1000.0}))
+    torch.nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1)
+    store.save(network, tmp_path)
+    opened = UNet2DConditionModel.from_pretrained(tmp_path)
+    given = feeds(network)
+    embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+    embedding = embed(None, given["w"], opened.config.time_cond_proj_dim)
+    made = opened(
+        given["sample"],
+        given["timestep"],
+        given["encoder_hidden_states"],
+        timestep_cond=embedding,
+    ).sample
+    torch.testing.assert_close(made, network(**given), rtol=0, atol=1e-5)
