@@ -13,12 +13,22 @@ from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
 from edgedistill.files import inside, read_json, sha256, write_json, written_aside
 from edgedistill.table import SPEC_VERSION, SamplerTable, check_version
+from edgedistill.tables import (
+    DEFAULT,
+    TABLE,
+    Tables,
+    further_names,
+    golden_file,
+    load_further,
+    save_tables,
+    table_file,
+    tokenizers_of,
+)
 
 MANIFEST = "edgedistill.json"
 FORMAT = "edgedistill-bundle"
 SCHEMA_VERSION = "1.0"
-TABLE = "sampler.json"
-GOLDEN = "probes/golden.safetensors"
+GOLDEN = golden_file(DEFAULT)
 CALIBRATION = "probes/calibration.safetensors"
 REFERENCE = "torch-float32"
 
@@ -40,7 +50,7 @@ class Artifact:
         runtime: Entry-point name of the runtime that opens it.
         format: ``torch``, ``onnx``, ``openvino`` or ``coreml``.
         precision: ``float32``, ``float16``, ``int8``, ``int8-weights``, ``palette6``; keys the thresholds.
-        networks: One file per network that the table calls.
+        networks: One file per network that a table calls; what is the same is one file.
         made_with: Options and versions of the tools that wrote it.
     """
 
@@ -87,6 +97,7 @@ class Bundle:
         table: The sampler.
         artifacts: By name.
         provenance: Where the student came from, what made it, versions.
+        further: Other samplers over the same networks (``samplers/NAME.json``), by name.
     """
 
     root: Path
@@ -95,6 +106,12 @@ class Bundle:
     table: SamplerTable
     artifacts: Mapping[str, Artifact]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    further: Tables = field(default_factory=dict)
+
+    @property
+    def samplers(self) -> Tables:
+        """All tables by name, the default first."""
+        return {DEFAULT: self.table, **self.further}
 
     @classmethod
     def open(cls, root: Path | str) -> "Bundle":
@@ -107,24 +124,7 @@ class Bundle:
         root = Path(root)
         data = _read_manifest(root)
         try:
-            held = data["artifacts"]
-            paths = [net["path"] for item in held.values() for net in item["networks"].values()]
-            # What is unsafe or too new is called that, before any hash says that it was changed.
-            for path in (*data["files"], *paths):
-                inside(root, path)
-            _refuse_newer_table(root / TABLE)
-            _check_seal(root / MANIFEST, data)
-            _verify(root, data["files"])
-            for path in (TABLE, *paths):
-                _refuse_unlisted(root, path, data["files"])
-            return cls(
-                root,
-                data["name"],
-                data["fingerprint"],
-                SamplerTable.load(root / TABLE),
-                {name: Artifact.from_json(name, item) for name, item in held.items()},
-                data["provenance"],
-            )
+            return _checked(root, data)
         except (KeyError, TypeError, AttributeError) as error:
             msg = f"{root / MANIFEST}: malformed ({type(error).__name__}: {error}); make the bundle anew."
             raise BundleError(msg) from error
@@ -162,7 +162,7 @@ class Bundle:
 
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
-        paths = [self.path(net.path) for net in artifact.networks.values()]
+        paths = {self.path(net.path) for net in artifact.networks.values()}
         return sum(_bytes(item) for path in paths for item in _members(path))
 
 
@@ -208,7 +208,7 @@ def write_bundle(
 
     Args:
         target: Folder to make or replace; an existing one must be empty or a bundle.
-        base: What the new bundle starts from: its table, probes, provenance.
+        base: What the new bundle starts from: its tables, tokenizers, probes, provenance.
         fill: Puts files under ``draft.root`` and records them with ``draft.add``.
         keep: Names of the artifacts of `base` that the new bundle keeps.
 
@@ -221,13 +221,15 @@ def write_bundle(
         raise BundleError(msg)
     kept = {name: base.artifacts[name] for name in keep}
     with written_aside(target) as aside:
-        for name in [TABLE, GOLDEN, CALIBRATION]:
+        probes = [CALIBRATION, *map(golden_file, base.samplers)]
+        for name in probes:
             if (base.root / name).exists():
                 _copy(base.root / name, aside / name)
-        for artifact in kept.values():
-            for network in artifact.networks.values():
-                for path in _members(base.path(network.path)):
-                    _copy(path, aside / path.relative_to(base.root))
+        for name in tokenizers_of(base.samplers):
+            _copy(base.path(name), aside / name)
+        paths = {net.path for artifact in kept.values() for net in artifact.networks.values()}
+        for path in {part for name in paths for part in _members(base.path(name))}:
+            _copy(path, aside / path.relative_to(base.root))
         draft = Draft(aside, dict(kept))
         fill(draft)
         write_manifest(dataclasses.replace(base, root=aside, artifacts=draft.artifacts))
@@ -235,8 +237,8 @@ def write_bundle(
 
 
 def write_manifest(bundle: Bundle) -> None:
-    """Hash every file under the bundle's folder and write its table and manifest."""
-    bundle.table.save(bundle.root / TABLE)
+    """Hash every file under the bundle's folder and write its tables and manifest."""
+    save_tables(bundle.root, bundle.samplers)
     files = {
         path.relative_to(bundle.root).as_posix(): {
             "sha256": sha256(path),
@@ -277,6 +279,32 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return data
 
 
+def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
+    """Return the bundle of a manifest, whose every hash holds."""
+    held, files = data["artifacts"], data["files"]
+    paths = [net["path"] for item in held.values() for net in item["networks"].values()]
+    further = further_names(files)
+    # What is unsafe or too new is called that, before any hash says that it was changed.
+    for path in (*files, *paths):
+        inside(root, path)
+    for name in (DEFAULT, *further):
+        _refuse_newer_table(root / table_file(name))
+    _check_seal(root / MANIFEST, data)
+    _verify(root, files)
+    bundle = Bundle(
+        root,
+        data["name"],
+        data["fingerprint"],
+        SamplerTable.load(root / TABLE),
+        {name: Artifact.from_json(name, item) for name, item in held.items()},
+        data["provenance"],
+        load_further(root, further),
+    )
+    for path in (TABLE, *tokenizers_of(bundle.samplers), *paths):
+        _refuse_unlisted(root, path, files)
+    return bundle
+
+
 def _refuse_newer_table(path: Path) -> None:
     try:
         table = read_json(path)
@@ -311,8 +339,9 @@ def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
 
 def _members(path: Path) -> list[Path]:
     """Return a network's files: the one it is named by, and weights that lie beside it (``unet.bin``)."""
-    beside = f"{path.stem}."
-    return [item for item in path.parent.iterdir() if item == path or item.name.startswith(beside)]
+    if path.is_dir():
+        return [path]
+    return [item for item in path.parent.iterdir() if item.stem == path.stem]
 
 
 def _bytes(path: Path) -> int:

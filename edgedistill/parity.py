@@ -8,6 +8,7 @@ import numpy as np
 
 from edgedistill.agreement import Agreement
 from edgedistill.errors import ConfigError
+from edgedistill.tables import DEFAULT
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,12 @@ class RowParity:
 
 @dataclass(frozen=True)
 class ArtifactParity:
-    """One artifact against the reference.
+    """One artifact against the reference, on one sampler.
 
     Fields:
         name, runtime, format, precision: As in the manifest.
         size: Bytes on disk.
+        sampler: Name of the sampler.
         described: What ran it, in the runtime's own words.
         rows, image: The comparisons; empty and None where it was skipped or broke.
         sensitivity: Gain of the output's response to each condition, by the condition's name.
@@ -143,6 +145,7 @@ class ArtifactParity:
     format: str
     precision: str
     size: int
+    sampler: str = DEFAULT
     described: str = ""
     rows: tuple[RowParity, ...] = ()
     image: Agreement | None = None
@@ -152,6 +155,11 @@ class ArtifactParity:
     skipped: str | None = None
     broken: str | None = None
     output: np.ndarray | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """Its name, with that of a sampler that is not the default."""
+        return self.name if self.sampler == DEFAULT else f"{self.name}, {self.sampler}"
 
     @property
     def floor(self) -> Floor:
@@ -173,7 +181,7 @@ class ArtifactParity:
     @property
     def failures(self) -> tuple[str, ...]:
         """One sentence per measure below its floor."""
-        who = f"{self.runtime} {self.precision} {self.name!r}"
+        who = f"{self.runtime} {self.precision} {self.label!r}"
         if self.broken is not None:
             return (f"{who}: {self.broken}",)
         measured = [
@@ -209,7 +217,16 @@ class ArtifactParity:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        named = ("name", "runtime", "format", "precision", "verdict", "described", "size")
+        named = (
+            "name",
+            "sampler",
+            "runtime",
+            "format",
+            "precision",
+            "verdict",
+            "described",
+            "size",
+        )
         return {
             **{name: getattr(self, name) for name in named},
             "load_ms": self.load_ms,
@@ -232,7 +249,7 @@ class ParityReport:
         value_range: Values of black and white.
         artifacts: In the order of the bundles.
         environment: Versions, for the reader of the report.
-        reference: The reference's samples (batch, channels, height, width); not part of the JSON.
+        reference: The reference's samples of the default sampler (batch, channels, height, width); not part of the JSON.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """The public face of a bundle: `load` it on a runtime, call it, get samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,16 +8,23 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgedistill import plugins
-from edgedistill.bundle import Artifact, Bundle
-from edgedistill.conditions import network_conditions
+from edgedistill.bundle import Artifact, Bundle, NetworkFile
+from edgedistill.conditions import Tokenize, entries, network_conditions
 from edgedistill.contract import Signature
+from edgedistill.edits import edited
 from edgedistill.errors import ContractError, MissingDependencyError
 from edgedistill.network import CheckedNetwork, Session
 from edgedistill.noise import Bank, bank_shapes, noise_bank
 from edgedistill.sampler import Observer, run_table
+from edgedistill.table import SamplerTable
+from edgedistill.tables import choose, tokenizers_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from edgedistill.text import Tokenizer
+
+PROMPT = "prompt"
 
 
 class Runtime(Protocol):
@@ -56,8 +63,69 @@ class Samples:
         return grid(self.array, columns, self.value_range, scale)
 
 
+class Networks(Mapping[str, CheckedNetwork]):
+    """Networks of an artifact, opened when they are first looked up; those of one file share it.
+
+    Args:
+        files: By name.
+        opener: Opens one.
+        lasting: Names of those that stay open between requests.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, NetworkFile],
+        opener: Callable[[NetworkFile], Session],
+        lasting: Iterable[str],
+    ) -> None:
+        self._files = files
+        self._opener = opener
+        self._lasting = frozenset(lasting)
+        self._used: set[str] = set()
+        self._opened: dict[str, CheckedNetwork] = {}
+
+    def __getitem__(self, name: str) -> CheckedNetwork:
+        """Return a network; before one is opened, those that the request has not used are closed."""
+        file = self._files[name]
+        self._used.add(name)
+        if name not in self._opened:
+            self.close_unused()
+            same = (net.session for k, net in self._opened.items() if self._files[k] == file)
+            session = next(same, None) or self._opener(file)
+            self._opened[name] = CheckedNetwork(name, file.signature, session)
+        return self._opened[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the artifact has it; nothing is opened."""
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """Return how many the artifact has."""
+        return len(self._files)
+
+    @property
+    def opened(self) -> tuple[str, ...]:
+        """Names of those that are open."""
+        return tuple(self._opened)
+
+    def begin(self) -> None:
+        """Begin a request, of which nothing has been used yet."""
+        self._used = set(self._lasting)
+
+    def close_unused(self) -> None:
+        """Close what the request has not used."""
+        kept = self._used | self._lasting
+        self._opened = {name: network for name, network in self._opened.items() if name in kept}
+
+
 class Pipeline:
-    """An artifact of a bundle, opened on a runtime, with the bundle's sampler table.
+    """An artifact of a bundle, opened on a runtime, with the bundle's sampler tables.
+
+    Of several students, those are open that the last request needed, and no others.
 
     Args:
         bundle: An opened bundle.
@@ -71,15 +139,18 @@ class Pipeline:
         self.bundle = bundle
         self.artifact = artifact
         self.table = bundle.table
+        self._tokenizer: Tokenizer | None = None
         self.runtime: Runtime = plugins.find(plugins.RUNTIMES, artifact.runtime)
-        self.networks = {
-            name: CheckedNetwork(
-                name,
-                file.signature,
-                self.runtime.open(bundle.path(file.path), file.signature, options or {}),
-            )
-            for name, file in artifact.networks.items()
-        }
+        routers = [table.router for table in bundle.samplers.values() if table.router]
+        students = {name for router in routers for name in router.networks}
+        lasting = [name for name in artifact.networks if name not in students]
+        self.networks = Networks(
+            artifact.networks,
+            lambda file: self.runtime.open(bundle.path(file.path), file.signature, options or {}),
+            lasting,
+        )
+        for name in lasting:
+            self.networks[name]
 
     def __call__(
         self,
@@ -87,8 +158,10 @@ class Pipeline:
         *,
         seed: int | Sequence[int] = 0,
         guidance_scale: float | None = None,
+        sampler: str | None = None,
         noise: Bank | None = None,
         observe: Observer | None = None,
+        strength: float | None = None,
         **conditions: Any,
     ) -> Samples:
         """Sample.
@@ -97,33 +170,44 @@ class Pipeline:
             n: Number of samples; None: as many as the seeds, the noise or the conditions say, else 1.
             seed: Of the first sample; sample i uses ``seed + i``, whatever the batch. Or one per sample.
             guidance_scale: g, where 1 is no guidance; None: the table's default.
+            sampler: Name of one of `bundle.samplers`; None: the default.
             noise: A noise bank to use instead of the seeds.
             observe: Called after every row with its `RowTrace`.
+            strength: How far to go from ``image=...``: above 0 and up to 1, which is all the way.
             **conditions: One entry per sample, or one for all, by name: ``class_labels=[3, 1, 4]``. A class
-                condition that is left out runs through all classes in turn.
+                that is left out runs through all classes in turn, a text through its examples; ``prompt``
+                stands for the text's own name. ``image`` and ``mask`` (1: draw anew, 0: keep) are arrays
+                in the value range or PIL images, of the model's size.
 
         Raises:
+            ConfigError: If there is no such sampler, or it cannot make such an edit.
             ContractError: If a condition is unknown or out of range, guidance is not this model's to
                 choose, or the noise does not fit.
         """
-        count = _count(n, seed, noise, conditions)
-        bank = noise if noise is not None else noise_bank(self.table, _seeds(seed, count))
-        self._check_noise(bank, count)
-        given = network_conditions(self.table, count, guidance_scale, conditions)
-        array = run_table(self.table, self.networks, bank, given, observe)
-        low, high = self.table.space["value_range"]
+        table = choose(self.bundle.samplers, sampler)
+        given = _by_name(table, conditions)
+        table = edited(table, given, strength)
+        count = _count(table, n, seed, noise, given)
+        bank = noise if noise is not None else noise_bank(table, _seeds(seed, count))
+        _check_noise(table, bank, count)
+        inputs = network_conditions(table, count, guidance_scale, given, self.tokenize)
+        self.networks.begin()
+        array = run_table(table, self.networks, bank, inputs, observe)
+        self.networks.close_unused()
+        low, high = table.space["value_range"]
         return Samples(np.asarray(array), (low, high))
 
-    def _check_noise(self, bank: Bank, count: int) -> None:
-        shapes = bank_shapes(self.table)
-        if len(bank) != len(shapes):
-            msg = f"The noise bank must hold {len(shapes)} arrays, got {len(bank)}."
-            raise ContractError(msg)
-        for index, (array, shape) in enumerate(zip(bank, shapes, strict=True)):
-            if array.shape != (count, *shape) or array.dtype != np.float32:
-                wanted = "x".join(map(str, (count, *shape)))
-                msg = f"Noise {index} must be float32 {wanted}, got {array.dtype} {'x'.join(map(str, array.shape))}."
-                raise ContractError(msg)
+    @property
+    def tokenize(self) -> Tokenize | None:
+        """What turns prompts into tokens; None where the bundle holds no tokenizer."""
+        names = tokenizers_of(self.bundle.samplers)
+        if not names:
+            return None
+        from edgedistill.text import Tokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.open(self.bundle.path(names[0]))
+        return self._tokenizer.encode
 
 
 def load(
@@ -170,8 +254,19 @@ def _load_first(bundle: Bundle, options: Mapping[str, Any]) -> Pipeline:
     return Pipeline(bundle, bundle.artifact(), options)
 
 
-def _count(n: int | None, seed: Any, noise: Bank | None, conditions: Mapping[str, Any]) -> int:
-    sizes = [len(value) for value in conditions.values() if np.ndim(value) == 1]
+def _by_name(table: SamplerTable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is None, and call the prompt by the text condition's name."""
+    text = table.condition("text")
+    names = {PROMPT: text.name} if text else {}
+    return {names.get(name, name): value for name, value in given.items() if value is not None}
+
+
+def _count(
+    table: SamplerTable, n: int | None, seed: Any, noise: Bank | None, given: Mapping[str, Any]
+) -> int:
+    known = {item.name: item for item in table.conditions}
+    found = [entries(known[name], value) for name, value in given.items() if name in known]
+    sizes = [size for size in found if size is not None]
     sizes += [] if np.ndim(seed) == 0 else [len(seed)]
     sizes += [] if not noise else [len(noise[0])]
     count = n if n is not None else (sizes[0] if sizes else 1)
@@ -179,6 +274,18 @@ def _count(n: int | None, seed: Any, noise: Bank | None, conditions: Mapping[str
         msg = f"Number of samples, seeds, noise and conditions must agree, got n={n} and {sizes}."
         raise ContractError(msg)
     return count
+
+
+def _check_noise(table: SamplerTable, bank: Bank, count: int) -> None:
+    shapes = bank_shapes(table)
+    if len(bank) != len(shapes):
+        msg = f"The noise bank must hold {len(shapes)} arrays, got {len(bank)}."
+        raise ContractError(msg)
+    for index, (array, shape) in enumerate(zip(bank, shapes, strict=True)):
+        if array.shape != (count, *shape) or array.dtype != np.float32:
+            wanted = "x".join(map(str, (count, *shape)))
+            msg = f"Noise {index} must be float32 {wanted}, got {array.dtype} {'x'.join(map(str, array.shape))}."
+            raise ContractError(msg)
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:

@@ -2,76 +2,142 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgedistill.conditions import network_conditions
+from edgedistill.conditions import Tokenize, network_conditions
 from edgedistill.contract import Feeds
 from edgedistill.errors import BundleError
 from edgedistill.files import write_bytes
 from edgedistill.network import CheckedNetwork
 from edgedistill.noise import Bank, noise_bank
-from edgedistill.sampler import Network, RowTrace, run_table
+from edgedistill.sampler import TOKENS, Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 
 Probes = dict[str, np.ndarray]
+Examples = Mapping[str, np.ndarray]  # (examples, channels, height, width) by the condition's name
 Call = tuple[Feeds, Feeds]  # what a network is fed, and what it answers
 GOLDEN_SAMPLES = 8
 
 
-def golden_samples(table: SamplerTable) -> tuple[list[int], dict[str, np.ndarray]]:
+def golden_samples(
+    table: SamplerTable, examples: Examples | None = None, tokenize: Tokenize | None = None
+) -> tuple[list[int], dict[str, np.ndarray]]:
     """Choose `GOLDEN_SAMPLES` samples that also show what each condition does.
 
     The second half repeats the noise and conditions of the first, with one condition changed per sample:
-    to the next class, or to the far end of the guidance range. Without conditions all noise differs.
+    to the next class, to another text or image, or to the far end of the guidance range. Without
+    conditions all noise differs.
+
+    Args:
+        table: The sampler.
+        examples: Images and masks by condition, taken in turn; left out ones are drawn.
+        tokenize: Turns prompts into tokens; None where there are none.
 
     Returns:
-        A seed per sample, and arrays (count,) by input name.
+        A seed per sample, and arrays (count, ...) by input name.
     """
-    half = GOLDEN_SAMPLES // 2
-    changes = _changes(table)
+    count = max(GOLDEN_SAMPLES, 2 * table.router.students if table.router else 0)
+    half, changes = count // 2, _changes(table)
     if not changes:
-        return list(range(GOLDEN_SAMPLES)), network_conditions(table, GOLDEN_SAMPLES, None, {})
-    first = network_conditions(table, half, None, {})
-    conditions = {name: np.concatenate([value, value]) for name, value in first.items()}
+        return list(range(count)), example_conditions(table, count, examples, tokenize)
+    # One value more than samples: what the last one is changed to.
+    first = example_conditions(table, half + 1, examples, tokenize)
+    conditions = {name: np.concatenate([v[:half], v[:half]]) for name, v in first.items()}
     for index, (name, change) in zip(range(half, 2 * half), itertools.cycle(changes), strict=False):
-        conditions[name][index] = change(conditions[name][index])
+        conditions[name][index] = change(first[name], index - half)
     return [*range(half)] * 2, conditions
 
 
-def _changes(table: SamplerTable) -> list[tuple[str, Callable[[Any], Any]]]:
-    """Return, for each condition that has more than one value, how to get another one."""
-    found: list[tuple[str, Callable[[Any], Any]]] = [
-        (condition.name, functools.partial(_next_class, condition.size))
-        for condition in table.conditions
-        if condition.size is not None and condition.size > 1
-    ]
+def _changes(table: SamplerTable) -> list[tuple[str, Callable[[np.ndarray, int], Any]]]:
+    """Return, for each input that has more than one value, what sample i of an array is changed to."""
+    found: list[tuple[str, Callable[[np.ndarray, int], Any]]] = []
+    for item in table.conditions:
+        if item.kind == "class":
+            if item.size is not None and item.size > 1:
+                found.append((item.name, functools.partial(_next_class, item.size)))
+        elif item.kind == "text":
+            if len(set(item.examples or ())) > 1:
+                found.append((TOKENS, _another))
+        else:
+            found.append((item.name, _another))
     guidance = table.guidance
     low, high = guidance.range
     if guidance.input is not None and low < high:
         far = high if high - guidance.default >= guidance.default - low else low
-        found.append((guidance.input, lambda _: far - 1))
+        found.append((guidance.input, lambda *_: far - 1))
     return found
 
 
-def _next_class(size: int, value: int) -> int:
-    return (value + 1) % size
+def _next_class(size: int, values: np.ndarray, index: int) -> int:
+    return int(values[index] + 1) % size
 
 
-def spread_conditions(table: SamplerTable, count: int) -> dict[str, np.ndarray]:
+def _another(values: np.ndarray, index: int) -> np.ndarray:
+    """Return the next entry that differs."""
+    later = [*values[index + 1 :], *values[:index]]
+    return next((item for item in later if (item != values[index]).any()), values[index])
+
+
+def example_conditions(
+    table: SamplerTable,
+    count: int,
+    examples: Examples | None = None,
+    tokenize: Tokenize | None = None,
+) -> dict[str, np.ndarray]:
+    """Return conditions that a caller might give: classes and texts in turn, images and masks of `examples`."""
+    given = {}
+    for item in table.conditions:
+        held = (examples or {}).get(item.name)
+        if held is not None:
+            given[item.name] = np.resize(held, (count, *held.shape[1:]))
+        elif item.shape is not None:
+            given[item.name] = _drawn(item.shape, item.value_range, count)
+    router = table.router
+    if router is not None and router.table:
+        given[router.on] = np.resize(_by_turns(router.table), count)
+    return network_conditions(table, count, None, given, tokenize)
+
+
+def _by_turns(students: Sequence[int]) -> list[int]:
+    """Return all classes, those of different students by turns."""
+    before = [students[:label].count(student) for label, student in enumerate(students)]
+    return sorted(range(len(students)), key=lambda label: (before[label], students[label]))
+
+
+def _drawn(
+    shape: tuple[int, int, int], value_range: tuple[float, float] | None, count: int
+) -> np.ndarray:
+    """Draw images of flat patches, or masks of zeros and ones, always the same."""
+    generator = np.random.Generator(np.random.Philox(key=0))
+    channels, height, width = shape
+    values = generator.random((count, channels, 4, 4), dtype=np.float32)
+    rows, columns = (np.arange(size) * 4 // size for size in (height, width))
+    values = values[:, :, rows][..., columns]
+    if value_range is None:
+        return np.rint(values)
+    low, high = value_range
+    return (low + values * (high - low)).astype(np.float32).clip(low, high)
+
+
+def spread_conditions(
+    table: SamplerTable,
+    count: int,
+    examples: Examples | None = None,
+    tokenize: Tokenize | None = None,
+) -> dict[str, np.ndarray]:
     """Return conditions that cover what the caller may choose.
 
-    Classes come in turn, as in `network_conditions`; the guidance weight rises evenly over the
-    trained range.
+    Classes, texts and examples come in turn, classes of different students by turns; the guidance weight rises evenly over the trained range.
 
     Returns:
-        Arrays (count,) by input name.
+        Arrays (count, ...) by input name.
     """
-    conditions = network_conditions(table, count, None, {})
+    conditions = example_conditions(table, count, examples, tokenize)
     if table.guidance.input is not None:
         scales = np.linspace(*table.guidance.range, count, dtype=np.float32)
         conditions[table.guidance.input] = scales - 1
@@ -114,7 +180,7 @@ class Golden:
         """Yield (condition, i, j) for samples of equal noise that differ in this one condition."""
         for i, j in itertools.combinations(range(len(self.output)), 2):
             if all(np.array_equal(bank[i], bank[j]) for bank in self.noise):
-                differing = [name for name, v in self.conditions.items() if v[i] != v[j]]
+                differing = [k for k, v in self.conditions.items() if (v[i] != v[j]).any()]
                 if len(differing) == 1:
                     yield differing[0], i, j
 
@@ -131,7 +197,7 @@ def record_golden(
         table: The sampler.
         networks: The reference, by network name.
         seeds: One per sample.
-        conditions: Network inputs (len(seeds),) by name.
+        conditions: Network inputs (len(seeds), ...) by name.
 
     Returns:
         ``noise.{k}`` for each entry of the bank; ``condition.{name}``; for each row i ``row.{i}.state``,
@@ -152,28 +218,28 @@ def record_golden(
 
 
 def record_calibration(
-    table: SamplerTable,
+    runs: Iterable[tuple[SamplerTable, Mapping[str, np.ndarray]]],
     networks: Mapping[str, CheckedNetwork],
     seeds: Sequence[int],
-    conditions: Mapping[str, np.ndarray],
 ) -> Probes:
-    """Run a table and keep what each network is fed.
+    """Run tables and keep what each network is fed.
 
     Args:
-        table: The sampler.
+        runs: Tables over the same networks, each with network inputs (len(seeds), ...) by name.
         networks: The reference, by network name.
         seeds: One per sample; other ones than the golden seeds.
-        conditions: Network inputs (len(seeds),) by name.
 
     Returns:
-        ``{network}.{input}``: (calls * len(seeds), ...) in the order of the calls, dtypes as fed.
+        ``{network}.{input}``: (samples, ...) in the order of the calls, dtypes as fed.
     """
-    calls = record_calls(table, networks, noise_bank(table, seeds), conditions)
-    return {
-        f"{network}.{name}": np.concatenate([feeds[name] for feeds, _ in made])
-        for network, made in calls.items()
-        for name in made[0][0]
-    }
+    kept: dict[str, list[np.ndarray]] = {}
+    for table, conditions in runs:
+        calls = record_calls(table, networks, noise_bank(table, seeds), conditions)
+        for network, made in calls.items():
+            for feeds, _ in made:
+                for name, value in feeds.items():
+                    kept.setdefault(f"{network}.{name}", []).append(value)
+    return {name: np.concatenate(values) for name, values in kept.items()}
 
 
 def record_calls(

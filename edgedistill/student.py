@@ -5,14 +5,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle import TABLE
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
 from edgedistill.files import inside, read_json, sha256, write_json
 from edgedistill.table import SamplerTable, check_version
+from edgedistill.tables import (
+    DEFAULT,
+    FURTHER,
+    TABLE,
+    Tables,
+    further_names,
+    load_further,
+    save_tables,
+    table_file,
+    tokenizers_of,
+)
 
 MANIFEST = "student.json"
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
+EXAMPLES = "examples.safetensors"
 
 
 @dataclass(frozen=True)
@@ -20,11 +31,16 @@ class Student:
     """An opened student folder.
 
     Fields:
-        root: The folder; each network lies in a subfolder of its name, as diffusers writes it.
+        root: The folder; each network lies in a subfolder, as diffusers writes it. Beside them may lie a
+            tokenizer, and ``examples.safetensors``: an image or mask per example under the name of the
+            condition, which the probes are made of.
         name: For people.
         table: The sampler it was trained for (``sampler.json``).
         signatures: By network name.
         provenance: Method, recipe, teacher, data, seed, versions.
+        further: Other tables over the same networks (``samplers/NAME.json``), by name.
+        folders: Subfolders of the networks that do not lie in one of their own name: networks of the
+            same weights that differ in the size of what they take share one.
     """
 
     root: Path
@@ -32,6 +48,17 @@ class Student:
     table: SamplerTable
     signatures: Mapping[str, Signature]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    further: Tables = field(default_factory=dict)
+    folders: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def samplers(self) -> Tables:
+        """All tables by name, the default first."""
+        return {DEFAULT: self.table, **self.further}
+
+    def folder(self, network: str) -> Path:
+        """Return the folder that a network lies in."""
+        return inside(self.root, self.folders.get(network, network))
 
     @classmethod
     def open(cls, root: Path | str) -> "Student":
@@ -49,17 +76,20 @@ class Student:
         try:
             check_version(data["schema_version"], SCHEMA_VERSION, str(source))
             signatures = {k: Signature.from_json(v) for k, v in data["signatures"].items()}
-            for name in signatures:
+            folders = data.get("folders", {})
+            for name in (*signatures, *folders.values()):
                 inside(root, name)
             table = SamplerTable.load(root / TABLE)
-            return cls(root, data["name"], table, signatures, data["provenance"])
+            names = further_names(f"{FURTHER}/{path.name}" for path in (root / FURTHER).glob("*"))
+            further = load_further(root, names)
+            return cls(root, data["name"], table, signatures, data["provenance"], further, folders)
         except (KeyError, TypeError, AttributeError) as error:
             msg = f"{source}: malformed ({type(error).__name__}: {error})."
             raise BundleError(msg) from error
 
     def write_manifest(self) -> None:
-        """Write the table and the manifest; the networks are already there."""
-        self.table.save(self.root / TABLE)
+        """Write the tables and the manifest; the networks are already there."""
+        save_tables(self.root, self.samplers)
         write_json(
             self.root / MANIFEST,
             {
@@ -68,6 +98,7 @@ class Student:
                 "fingerprint": self.fingerprint,
                 "signatures": {name: item.to_json() for name, item in self.signatures.items()},
                 "provenance": dict(self.provenance),
+                **({"folders": dict(self.folders)} if self.folders else {}),
             },
         )
 
@@ -83,14 +114,17 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the hashes of every network file and of the table."""
+        """SHA-256 over the hashes of every network file, of the tables, tokenizers and examples."""
         import hashlib
 
+        folders = sorted({self.folder(name) for name in self.signatures})
+        files = [path for folder in folders for path in sorted(folder.rglob("*"))]
+        names = [*map(table_file, self.samplers), *tokenizers_of(self.samplers)]
+        files += [self.root / name for name in names]
+        files += [self.root / EXAMPLES]
         parts = [
             f"{path.relative_to(self.root).as_posix()} {sha256(path)}"
-            for name in sorted(self.signatures)
-            for path in sorted((self.root / name).rglob("*"))
+            for path in files
             if path.is_file()
         ]
-        parts.append(f"{TABLE} {sha256(self.root / TABLE)}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()

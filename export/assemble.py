@@ -12,9 +12,7 @@ import edgedistill
 from edgedistill import plugins
 from edgedistill.bundle import (
     CALIBRATION,
-    GOLDEN,
     REFERENCE,
-    TABLE,
     Artifact,
     Bundle,
     Draft,
@@ -22,18 +20,23 @@ from edgedistill.bundle import (
     start_from,
     write_bundle,
 )
-from edgedistill.contract import BATCH
+from edgedistill.conditions import Tokenize
+from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import ContractError
+from edgedistill.files import sha256
 from edgedistill.models import store
 from edgedistill.network import CheckedNetwork
 from edgedistill.probes import (
+    Examples,
     golden_samples,
+    load_probes,
     record_calibration,
     record_golden,
     save_probes,
     spread_conditions,
 )
-from edgedistill.student import Student
+from edgedistill.student import EXAMPLES, Student
+from edgedistill.tables import golden_file, networks_of, table_file, tokenizers_of
 from edgedistill.validate import check
 
 from .formats import FORMATS, ExportOptions, Job, jobs
@@ -86,7 +89,15 @@ def export_student(
 
 def _without_artifacts(student: Student) -> Bundle:
     provenance = {**student.provenance, "exported_by": f"edgedistill {edgedistill.__version__}"}
-    return Bundle(student.root, student.name, student.fingerprint, student.table, {}, provenance)
+    return Bundle(
+        student.root,
+        student.name,
+        student.fingerprint,
+        student.table,
+        {},
+        provenance,
+        student.further,
+    )
 
 
 def _still_wanted(held: Artifact, job: Job | None) -> bool:
@@ -94,7 +105,8 @@ def _still_wanted(held: Artifact, job: Job | None) -> bool:
 
 
 def _fill(student: Student, missing: Sequence[Job], progress: Progress, draft: Draft) -> None:
-    check(student.table, str(student.root / TABLE))
+    for name, table in student.samplers.items():
+        check(table, str(student.root / table_file(name)))
     networks = _open_networks(student)
     steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
@@ -107,54 +119,117 @@ def _fill(student: Student, missing: Sequence[Job], progress: Progress, draft: D
 
 
 def _open_networks(student: Student) -> Networks:
-    """Load every network that the table calls, and hold it to the student's manifest.
+    """Load every network that a table calls, each folder once, and hold it to the student's manifest.
 
     Raises:
         ContractError: If a network is not in the manifest, or takes or gives something else.
     """
-    networks = {}
-    for name in student.table.networks:
+    networks: dict[str, nn.Module] = {}
+    loaded: dict[Path, nn.Module] = {}
+    for name in networks_of(student.samplers):
         if name not in student.signatures:
             msg = f"{student.root}: the table calls network {name!r}, but the student holds only: {', '.join(student.signatures)}."
             raise ContractError(msg)
-        networks[name] = store.load(student.root / name)
-        if store.signature(networks[name]) != student.signatures[name]:
-            msg = f"{student.root / name}: its inputs and outputs are not those of the student's manifest; distil it anew."
+        folder = student.folder(name)
+        if folder not in loaded:
+            loaded[folder] = store.load(folder)
+        networks[name] = loaded[folder]
+        shared = name in student.folders
+        if not _fits(student.signatures[name], store.signature(networks[name]), shared=shared):
+            msg = f"{folder}: its inputs and outputs are not those of the student's manifest; distil it anew."
             raise ContractError(msg)
     student.verify()  # last: what is wrong with a network says more than that it changed
     return networks
 
 
+def _fits(stated: Signature, found: Signature, *, shared: bool) -> bool:
+    """Whether a network is the stated one; one that shares its folder may be stated for other sizes."""
+
+    def plain(spec: TensorSpec) -> tuple[object, ...]:
+        return spec.name, spec.dtype, spec.kind, len(spec.shape) if shared else spec.shape
+
+    sides = [(stated.inputs, found.inputs), (stated.outputs, found.outputs)]
+    return all([*map(plain, a)] == [*map(plain, b)] for a, b in sides)
+
+
+def _signatures(student: Student, batch: int | str) -> dict[str, Signature]:
+    """Return what each network takes in a bundle: a fixed number of tokens, and this batch."""
+    texts = [table.condition("text") for table in student.samplers.values()]
+    lengths = [text.length for text in texts if text is not None and text.length is not None]
+    sizes = {LENGTH: lengths[0]} if lengths else {}
+    names = networks_of(student.samplers)
+    return {name: student.signatures[name].with_batch(batch).bind(**sizes) for name in names}
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Return the files of a network's folder: its configuration and its weights."""
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
+def _digest(folder: Path) -> str:
+    return " ".join(f"{path.name} {sha256(path)}" for path in _parts(folder))
+
+
 def _add_reference(draft: Draft, student: Student) -> None:
-    """Copy the networks as they are, and record the probes with them."""
+    """Copy the networks as they are, those of equal bytes once, and record the probes with them."""
     files, reference = {}, {}
-    for name in student.table.networks:
-        path, signature = f"torch/float32/{name}", student.signatures[name]
-        (draft.root / path).mkdir(parents=True)
-        for part in ("config.json", store.WEIGHTS):
-            shutil.copy2(student.root / name / part, draft.root / path / part)
+    written: dict[str, str] = {}
+    for name, signature in _signatures(student, BATCH).items():
+        folder = student.folder(name)
+        path = written.setdefault(_digest(folder), f"torch/float32/{name}")
+        if not (draft.root / path).exists():
+            (draft.root / path).mkdir(parents=True)
+            for part in _parts(folder):
+                shutil.copy2(part, draft.root / path / part.name)
         session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})
         files[name] = NetworkFile(path, signature)
         reference[name] = CheckedNetwork(name, signature, session)
     made_with = {"torch": torch.__version__, "options": {}}
     draft.add(Artifact(REFERENCE, "torch", "torch", "float32", files, made_with))
-    table = student.table
-    golden = record_golden(table, reference, *golden_samples(table))
-    save_probes(golden, draft.root / GOLDEN)
-    given = spread_conditions(table, len(CALIBRATION_SEEDS))
-    calibration = record_calibration(table, reference, CALIBRATION_SEEDS, given)
+    _add_probes(draft, student, reference)
+
+
+def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedNetwork]) -> None:
+    examples: Examples = {}
+    if (student.root / EXAMPLES).is_file():
+        examples = load_probes(student.root / EXAMPLES)
+    tokenize = _tokenizer(student)
+    runs = []
+    for name, table in student.samplers.items():
+        golden = record_golden(table, reference, *golden_samples(table, examples, tokenize))
+        save_probes(golden, draft.root / golden_file(name))
+        given = spread_conditions(table, len(CALIBRATION_SEEDS), examples, tokenize)
+        runs.append((table, given))
+    calibration = record_calibration(runs, reference, CALIBRATION_SEEDS)
+    called = {name.rpartition(".")[0] for name in calibration}
+    if unused := sorted(set(reference) - called):
+        msg = f"{student.root}: no example is routed to {', '.join(unused)}; add texts that are to the condition's `examples`."
+        raise ContractError(msg)
     save_probes(calibration, draft.root / CALIBRATION)
+
+
+def _tokenizer(student: Student) -> Tokenize | None:
+    names = tokenizers_of(student.samplers)
+    if not names:
+        return None
+    from edgedistill.text import Tokenizer
+
+    return Tokenizer.open(student.root / names[0]).encode
 
 
 def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
     form = FORMATS[job.format]
     files, reports = {}, []
-    for name, network in networks.items():
-        path = f"{job.format}/{job.precision}/{name}{form.suffix}"
-        signature = student.signatures[name].with_batch(job.settings["batch"] or BATCH)
-        reports.append(
-            form.write(network, signature, draft.root / path, job.precision, job.settings)
-        )
+    written: dict[tuple[str, Signature], str] = {}
+    for name, signature in _signatures(student, job.settings["batch"] or BATCH).items():
+        own = f"{job.format}/{job.precision}/{name}{form.suffix}"
+        path = written.setdefault((_digest(student.folder(name)), signature), own)
+        if path == own:
+            reports.append(
+                form.write(
+                    networks[name], signature, draft.root / path, job.precision, job.settings
+                )
+            )
         files[name] = NetworkFile(path, signature)
     made_with = {
         **reports[0],

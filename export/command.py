@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ examples:
   edgedistill export onnx -m student bundle
   edgedistill export openvino -m student bundle --dtype fp16
   edgedistill export coreml -m student bundle --min-deployment-target iOS18
+  edgedistill export onnx -m student baked --guidance-scale 2
   edgedistill export all -m student -o bundle
 
 Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
@@ -68,6 +70,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         help="folder that `distill` made",
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        metavar="G",
+        type=float,
+        help="bake guidance at this scale into the weights (default: an input stays an input)",
     )
     add_target(parser, "BUNDLE")
     add_json(parser)
@@ -119,7 +127,14 @@ def _run(options: argparse.Namespace) -> int:
     student = Student.open(options.model)
     from .assemble import export_student
 
-    with tqdm(unit="artifact", leave=False, disable=None) as bar:
+    with (
+        tqdm(unit="artifact", leave=False, disable=None) as bar,
+        tempfile.TemporaryDirectory() as place,
+    ):
+        if options.guidance_scale is not None:
+            from .bake import bake_student
+
+            student = bake_student(student, options.guidance_scale, Path(place))
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done

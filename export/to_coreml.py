@@ -29,6 +29,16 @@ _MEANINGS = {
     "t": "The label of the time.",
     "class": "The index of the class.",
     "w": "The guidance weight, guidance scale - 1.",
+    "s": "The label of the time to jump to.",
+    "step": "The number of steps in all.",
+    "r": "The resolution.",
+    "tokens": "The prompt in tokens.",
+    "text": "The embedding of each token of the prompt.",
+    "pooled": "The embedding of the prompt.",
+    "image": "The image that is the condition.",
+    "mask": "1 where something is drawn, 0 where the image is kept.",
+    "residual": "What is added to a skip connection.",
+    "latent": "The latent.",
     "raw": "The prediction.",
 }
 

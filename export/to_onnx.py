@@ -102,16 +102,18 @@ def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool =
 
 
 def _export_traced(frozen: Frozen, path: Path, opset: int) -> None:
-    names = [spec.name for spec in (*frozen.signature.inputs, *frozen.signature.outputs)]
+    inputs, outputs = (
+        [spec.name for spec in side] for side in (frozen.signature.inputs, frozen.signature.outputs)
+    )
     free = frozen.signature.batch is None
     torch.onnx.export(
         frozen,
         examples(frozen.signature),
         path,
         opset_version=opset,
-        input_names=names[:-1],
-        output_names=names[-1:],
-        dynamic_axes={name: {0: BATCH} for name in names} if free else None,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_axes={name: {0: BATCH} for name in inputs + outputs} if free else None,
         dynamo=False,
     )
 

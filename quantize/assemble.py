@@ -9,7 +9,6 @@ from typing import Any
 from edgedistill import plugins
 from edgedistill.agreement import compare, finite_db
 from edgedistill.bundle import (
-    GOLDEN,
     REFERENCE,
     Artifact,
     Bundle,
@@ -22,6 +21,7 @@ from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import Call, Golden, record_calls
+from edgedistill.tables import golden_file
 
 from .calibration import calibration_batches
 from .config import FORMATS, WAYS, Config, PtqConfig
@@ -162,10 +162,17 @@ def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progre
     runtime = plugins.find(plugins.RUNTIMES, job.result.runtime)
     for name, file in job.result.networks.items():
         source, path = bundle.path(job.source.networks[name].path), root / file.path
-        made[name] = _compress(bundle, name, job, config, (source, path), progress)
+        if not path.exists():  # several names may stand for one file
+            made[name] = _compress(bundle, name, job, config, (source, path), progress)
+        else:
+            made[name] = {"same_as": _first_of(job.result, file.path)}
         network = CheckedNetwork(name, file.signature, runtime.open(path, file.signature, {}))
-        made[name]["snr_db"] = _worst_db(job, network, calls[name])
+        made[name]["snr_db"] = _worst_db(job, network, calls.get(name, []))
     return replace(job.result, made_with={"source": job.source.name, "networks": made})
+
+
+def _first_of(artifact: Artifact, path: str) -> str:
+    return next(name for name, file in artifact.networks.items() if file.path == path)
 
 
 def _compress(
@@ -188,17 +195,26 @@ def _compress(
 
 
 def _held_out_calls(bundle: Bundle, source: Artifact) -> dict[str, list[Call]]:
-    """Return what the source's networks are fed and answer on the first golden sample, row by row."""
-    golden = Golden.load(bundle.root / GOLDEN, bundle.table)
-    noise = [array[:1] for array in golden.noise]
-    conditions = {name: value[:1] for name, value in golden.conditions.items()}
-    return record_calls(bundle.table, Pipeline(bundle, source).networks, noise, conditions)
+    """Return what the source's networks are fed and answer on golden samples, row by row of every table.
+
+    One sample will do, but for several students, who answer for samples of their own.
+    """
+    calls: dict[str, list[Call]] = {}
+    networks = Pipeline(bundle, source).networks
+    for sampler, table in bundle.samplers.items():
+        golden = Golden.load(bundle.root / golden_file(sampler), table)
+        count = 1 if table.router is None else None
+        noise = [array[:count] for array in golden.noise]
+        conditions = {name: value[:count] for name, value in golden.conditions.items()}
+        for name, made in record_calls(table, networks, noise, conditions).items():
+            calls.setdefault(name, []).extend(made)
+    return calls
 
 
 def _worst_db(job: Job, network: CheckedNetwork, calls: Sequence[Call]) -> float:
     what = f"{job.result.name}, network `{network.name}`"
     try:
-        worst = min(_decibels(network, calls), default=math.inf)
+        worst = min(_decibels(network, calls), default=finite_db(math.inf))
     except ContractError as error:
         msg = f"{what}: {error} Nothing was written."
         raise CheckFailedError(msg) from error

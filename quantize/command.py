@@ -162,7 +162,7 @@ def _entry(smaller: "Bundle", name: str, before: int) -> dict[str, Any]:
         "bytes_after": after,
         "ratio": round(before / after, 3),
         "snr_db": round(min(item["snr_db"] for item in networks), 2),
-        "compressed_weights": sum(item["compressed_weights"] for item in networks),
+        "compressed_weights": sum(item.get("compressed_weights", 0) for item in networks),
         "float_weights": sum(kept) if kept else None,
     }
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.arguments import add_command, add_json, positive
 from edgedistill.errors import ConfigError
+from edgedistill.tables import DEFAULT
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from edgedistill.pipeline import Pipeline
 
 _SHEET_WIDTH = 256
@@ -21,9 +24,11 @@ examples:
   edgedistill sample demo/bundle --runtime onnxruntime --seed 0 -n 16 -o grid.png
   edgedistill sample demo/bundle --runtime openvino --class 3 1 4 -o pi.png
   edgedistill sample demo/compressed --artifact onnx-int8 -n 100 --columns 10 --npy arrays.npy -o grid.png
+  edgedistill sample demo/bundle --class 8 --image three.png --strength 0.6 -o eight.png
 
 Sample i is made from seed + i alone: neither -n nor the runtime changes its noise.
---class takes one class, or several that take turns; left out, all classes take turns.
+--class and --prompt take one, or several that take turns; left out, all classes or examples take turns.
+--image is edited: with --strength as a whole, with --mask where the mask is white.
 """
 _PARITY_EPILOG = """\
 examples:
@@ -59,7 +64,12 @@ def register_sample(commands: Any) -> None:
     parser.add_argument(
         "--class", "--class-labels", dest="labels", metavar="K", type=int, nargs="+", help="classes"
     )
+    parser.add_argument("--prompt", metavar="TEXT", nargs="+", help="prompts")
     parser.add_argument("--guidance-scale", metavar="G", type=float, help="1 is no guidance")
+    parser.add_argument("--sampler", metavar="NAME", help="of the bundle (default: its first)")
+    parser.add_argument("--image", metavar="FILE", type=Path, help="what is edited")
+    parser.add_argument("--strength", metavar="S", type=float, help="0 to 1: how far to go from it")
+    parser.add_argument("--mask", metavar="FILE", type=Path, help="white: drawn anew; black: kept")
     parser.add_argument("--columns", metavar="N", type=positive, help="of the sheet")
     parser.add_argument("--scale", metavar="N", type=positive, help="enlarge each pixel N times")
     parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
@@ -102,12 +112,16 @@ def _sample(options: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     pipeline = load(options.bundle, options.runtime, options.artifact, **_runtime_options(options))
-    count = options.num_samples or len(options.labels or []) or 16
+    count = options.num_samples or len(options.labels or options.prompt or []) or 16
     samples = pipeline(
         count,
         seed=options.seed,
         guidance_scale=options.guidance_scale,
-        **_labels(pipeline, options.labels, count),
+        sampler=options.sampler,
+        strength=options.strength,
+        **_turns(pipeline, "class", options.labels, count),
+        **_turns(pipeline, "text", options.prompt, count),
+        **_pictures(options),
     )
     seconds = time.perf_counter() - start
     sheet = samples.grid(options.columns, options.scale or _scale(samples.array, options.columns))
@@ -129,7 +143,8 @@ def _tell_sample(
         "artifact": pipeline.artifact.name,
         "runtime": pipeline.artifact.runtime,
         "described": pipeline.runtime.describe(),
-        "nfe": pipeline.table.nfe,
+        "sampler": options.sampler or DEFAULT,
+        "nfe": pipeline.bundle.samplers[options.sampler or DEFAULT].nfe,
         "seconds": round(seconds, 4),
     }
     if options.json:
@@ -195,16 +210,40 @@ def _runtime_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _labels(pipeline: "Pipeline", labels: Sequence[int] | None, count: int) -> dict[str, Any]:
-    """Return the class condition; classes that are fewer than the samples take turns."""
-    if labels is None:
+def _turns(
+    pipeline: "Pipeline", kind: str, values: Sequence[Any] | None, count: int
+) -> dict[str, Any]:
+    """Return a condition; values that are fewer than the samples take turns."""
+    if values is None:
         return {}
-    if len(labels) > count:
-        msg = f"--class names {len(labels)} classes for {count} samples; raise -n or leave it out."
+    option, plural = {"class": ("--class", "classes"), "text": ("--prompt", "prompts")}[kind]
+    if len(values) > count:
+        msg = (
+            f"{option} names {len(values)} {plural} for {count} samples; raise -n or leave it out."
+        )
         raise ConfigError(msg)
-    conditions = pipeline.table.conditions
-    name = next((item.name for item in conditions if item.kind == "class"), "class_labels")
-    return {name: [labels[i % len(labels)] for i in range(count)]}
+    condition = pipeline.table.condition(kind)
+    name = (
+        {"class": "class_labels", "text": "prompt"}[kind] if condition is None else condition.name
+    )
+    return {name: [values[i % len(values)] for i in range(count)]}
+
+
+def _pictures(options: argparse.Namespace) -> dict[str, Any]:
+    given = {"image": options.image, "mask": options.mask}
+    return {name: _open_picture(path) for name, path in given.items() if path is not None}
+
+
+def _open_picture(path: Path) -> "Image":
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError) as error:
+        msg = f"{path}: not an image that can be read ({type(error).__name__}: {error})."
+        raise ConfigError(msg) from error
 
 
 def _scale(array: Any, columns: int | None) -> int:

@@ -9,6 +9,7 @@ from edgedistill import images, page
 from edgedistill.page import Html
 from edgedistill.parity import ParityReport, RowParity, floor_of
 from edgedistill.plot import line_plot
+from edgedistill.tables import DEFAULT
 
 from .summary import HEADERS, LEGEND, cells, decibel, required
 
@@ -59,7 +60,7 @@ def summary(report: ParityReport) -> Html:
 
 
 def rows(report: ParityReport) -> Html:
-    """Return the per-row plots, teacher-forced and free-running."""
+    """Return the per-row plots of the default sampler, teacher-forced and free-running."""
     return page.section(
         "Row by row",
         page.paragraph(
@@ -73,13 +74,13 @@ def rows(report: ParityReport) -> Html:
 
 
 def samples(report: ParityReport) -> Html:
-    """Return grids side by side, and under each its difference from the reference."""
+    """Return grids of the default sampler side by side, and under each its difference from the reference."""
     if report.reference is None:
         return Html("")
     reference = report.reference[:_SHOWN]
     figures = [_grid(reference, report, "PyTorch, the reference", "")]
     for item in report.artifacts:
-        if item.output is not None:
+        if item.output is not None and item.sampler == DEFAULT:
             shown = item.output[:_SHOWN]
             note = f"{decibel(item.image.snr_db if item.image else None)} dB SNR"
             grids = _grid(shown, report, item.name, note)
@@ -100,7 +101,7 @@ def numbers(report: ParityReport) -> Html:
         "All numbers",
         *[
             page.details(
-                f"{item.name}: {item.described}, loaded in {item.load_ms or 0:.0f} ms",
+                f"{item.label}: {item.described}, loaded in {item.load_ms or 0:.0f} ms",
                 page.table(
                     (
                         "row",
@@ -155,7 +156,7 @@ def _plot(
     measure: Callable[[RowParity], float | None],
     floor: Callable[[str], float],
 ) -> Html:
-    shown = [item for item in report.artifacts if item.rows]
+    shown = [item for item in report.artifacts if item.rows and item.sampler == DEFAULT]
     ticks = [] if not shown else [_tick(row) for row in shown[0].rows]
     # Several precisions may share a floor: one line, all names.
     names: dict[float, list[str]] = {}

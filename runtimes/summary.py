@@ -30,7 +30,7 @@ def cells(item: ArtifactParity) -> list[str]:
     """Return one artifact's line under `HEADERS`."""
     image = item.image
     return [
-        item.name,
+        item.label,
         item.verdict,
         item.runtime,
         item.precision,

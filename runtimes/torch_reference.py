@@ -18,7 +18,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
 
     Args:
         path: The network's folder.
-        signature: Its inputs and its one output.
+        signature: Its inputs and outputs.
         options: ``device`` (``"cpu"``, ``"cuda"``, ``"mps"``) and ``threads`` (0: torch's own choice).
 
     Raises:
@@ -36,7 +36,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     if chosen["threads"]:
         torch.set_num_threads(int(chosen["threads"]))
     network = store.load(path).to(device)
-    output = signature.outputs[0].name
+    outputs = [spec.name for spec in signature.outputs]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         # torch.tensor copies: the network may write into what it is given, and feeds may be read-only.
@@ -44,7 +44,8 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
             spec.name: torch.tensor(feeds[spec.name], device=device) for spec in signature.inputs
         }
         with torch.inference_mode():
-            return {output: store.call(network, inputs).cpu().numpy()}
+            made = store.call_outputs(network, inputs)
+        return {name: value.cpu().numpy() for name, value in zip(outputs, made, strict=True)}
 
     return run
 

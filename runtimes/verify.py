@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 from edgedistill.agreement import Agreement, compare, response_gain
-from edgedistill.bundle import GOLDEN, Artifact, Bundle
+from edgedistill.bundle import Artifact, Bundle
 from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
 from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
 from edgedistill.pipeline import Pipeline
 from edgedistill.plugins import ALIASES, RUNTIMES, find
 from edgedistill.probes import Golden
-from edgedistill.sampler import Network, RowTrace, run_row, run_table
+from edgedistill.sampler import Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
+from edgedistill.tables import DEFAULT, golden_file
 
 Progress = Callable[[Sequence[tuple[Bundle, Artifact]]], Iterable[tuple[Bundle, Artifact]]]
+Goldens = Mapping[str, Golden]  # by sampler, the default first
 
 
 def verify(
@@ -30,7 +32,7 @@ def verify(
     options: Mapping[str, Any] | None = None,
     progress: Progress = iter,
 ) -> ParityReport:
-    """Compare artifacts with the golden tensors.
+    """Compare artifacts with the golden tensors of every sampler.
 
     Args:
         bundles: One or more bundles of one student; an artifact that several hold is compared once.
@@ -51,12 +53,16 @@ def verify(
         msg = f"Only bundles of one student can be compared, got {len(bundles)} with different fingerprints."
         raise ConfigError(msg)
     first = bundles[0]
-    golden = Golden.load(first.path(GOLDEN), first.table)
+    goldens = {
+        name: Golden.load(first.path(golden_file(name)), table)
+        for name, table in first.samplers.items()
+    }
     low, high = first.table.space["value_range"]
     chosen = _choose(bundles, names, artifacts)
     compared = tuple(
-        _verify_or_skip(bundle, artifact, golden, options or {}, must=bool(names))
+        entry
         for bundle, artifact in progress(chosen)
+        for entry in _verify_or_skip(bundle, artifact, goldens, options or {}, must=bool(names))
     )
     if all(item.skipped for item in compared):
         msg = f"Nothing could be compared: {compared[0].skipped}"
@@ -64,11 +70,11 @@ def verify(
     return ParityReport(
         first.name,
         first.fingerprint,
-        len(golden.output),
+        len(goldens[DEFAULT].output),
         (low, high),
         compared,
         versions(),
-        golden.output,
+        goldens[DEFAULT].output,
     )
 
 
@@ -97,53 +103,64 @@ def _choose(
 
 
 def _verify_or_skip(
-    bundle: Bundle, artifact: Artifact, golden: Golden, options: Mapping[str, Any], *, must: bool
-) -> ArtifactParity:
+    bundle: Bundle, artifact: Artifact, goldens: Goldens, options: Mapping[str, Any], *, must: bool
+) -> Iterator[ArtifactParity]:
+    """Yield what became of an artifact: an entry per sampler, or a single one where it was not run."""
     floor_of(artifact.precision)
     entry = ArtifactParity(
         artifact.name, artifact.runtime, artifact.format, artifact.precision, bundle.size(artifact)
     )
     try:
-        return _verify_artifact(entry, bundle, artifact, golden, options)
+        start = time.perf_counter()
+        pipeline = Pipeline(bundle, artifact, options)
+        load_ms = 1000 * (time.perf_counter() - start)
     except MissingDependencyError as error:
         if must:
             raise
-        return replace(entry, skipped=str(error))
+        yield replace(entry, skipped=str(error))
+        return
     except ContractError as error:
-        return replace(entry, broken=str(error))
+        yield replace(entry, broken=str(error))
+        return
+    entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe())
+    for sampler, golden in goldens.items():
+        named = replace(entry, sampler=sampler)
+        try:
+            yield _verify_sampler(named, pipeline, bundle.samplers[sampler], golden)
+        except ContractError as error:
+            yield replace(named, broken=str(error))
 
 
-def _verify_artifact(
-    entry: ArtifactParity,
-    bundle: Bundle,
-    artifact: Artifact,
-    golden: Golden,
-    options: Mapping[str, Any],
+def _verify_sampler(
+    entry: ArtifactParity, pipeline: Pipeline, table: SamplerTable, golden: Golden
 ) -> ArtifactParity:
-    start = time.perf_counter()
-    pipeline = Pipeline(bundle, artifact, options)
-    load_ms = 1000 * (time.perf_counter() - start)
-    networks = {name: _Timed(network) for name, network in pipeline.networks.items()}
-    forced = list(_teacher_forced(bundle.table, networks, golden))
+    networks = {name: _Timed(pipeline.networks[name]) for name in table.networks}
+    forced: list[RowTrace] = []
+    run_table(table, networks, golden.noise, golden.conditions, forced.append, golden.rows)
     free: list[np.ndarray] = []
     output = run_table(
-        bundle.table,
-        networks,
-        golden.noise,
-        golden.conditions,
-        lambda trace: free.append(trace.next),
+        table, networks, golden.noise, golden.conditions, lambda trace: free.append(trace.next)
     )
-    low, high = bundle.table.space["value_range"]
+    low, high = table.space["value_range"]
     return replace(
         entry,
-        described=pipeline.runtime.describe(),
         rows=tuple(map(_row, forced, free, golden.rows)),
         image=compare(golden.output, output, peak=high - low),
         sensitivity=_sensitivity(golden, output),
-        load_ms=load_ms,
-        call_ms=sum(network.median_ms for network in networks.values()),
+        call_ms=_call_ms(table, networks),
         output=output,
     )
+
+
+def _call_ms(table: SamplerTable, networks: "Mapping[str, _Timed]") -> float:
+    """Return what the dearest row costs; of several students it takes the slowest."""
+
+    def cost(name: str) -> float:
+        routed = table.router is not None and name == table.router.network
+        names = table.router.networks if table.router and routed else (name,)
+        return max(networks[item].median_ms for item in names)
+
+    return max((sum(map(cost, row.call)) for row in table.rows), default=0.0)
 
 
 class _Timed:
@@ -161,22 +178,7 @@ class _Timed:
 
     @property
     def median_ms(self) -> float:
-        return 1000 * statistics.median(self.seconds[1:] or self.seconds)
-
-
-def _teacher_forced(
-    table: SamplerTable, networks: Mapping[str, Network], golden: Golden
-) -> Iterator[RowTrace]:
-    index = 0
-    for stage in table.stages:
-        history: tuple[np.ndarray | None, ...] = ()
-        for row in stage.rows:
-            kept = golden.rows[index]
-            yield run_row(
-                table, row, networks, kept["state"], golden.noise, golden.conditions, history, index
-            )
-            history = (kept.get("x0"), *history)
-            index += 1
+        return 1000 * statistics.median(self.seconds[1:] or self.seconds or [0.0])
 
 
 def _row(trace: RowTrace, free: np.ndarray, kept: Mapping[str, np.ndarray]) -> RowParity:

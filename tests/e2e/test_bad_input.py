@@ -14,6 +14,7 @@ import pytest
 import edgedistill
 from edgedistill import bundle as bundles
 from edgedistill.errors import BundleError, ContractError
+from edgedistill.tables import TABLE
 
 
 @pytest.fixture
@@ -141,18 +142,18 @@ def test_a_newer_major_version_of_the_manifest(refused, handmade):
 
 
 def test_a_newer_major_version_of_the_table(refused, handmade):
-    table = json.loads((handmade / bundles.TABLE).read_text())
+    table = json.loads((handmade / TABLE).read_text())
     table["spec_version"] = "2.0"
-    (handmade / bundles.TABLE).write_text(json.dumps(table))
-    held = (handmade / bundles.TABLE).read_bytes()
+    (handmade / TABLE).write_text(json.dumps(table))
+    held = (handmade / TABLE).read_bytes()
 
     def admit(data):
         from hashlib import sha256
 
-        data["files"][bundles.TABLE] = {"sha256": sha256(held).hexdigest(), "bytes": len(held)}
+        data["files"][TABLE] = {"sha256": sha256(held).hexdigest(), "bytes": len(held)}
 
     _reseal(handmade, admit)
-    assert "version 2.0 is newer than 1.0" in refused("parity", handmade)
+    assert "version 2.0 is newer than 1.1" in refused("parity", handmade)
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd"])

@@ -183,7 +183,7 @@ def no_manifest(root):
 
 def newer_manifest(root):
     path = root / "student.json"
-    path.write_text(path.read_text().replace('"schema_version": "1.0"', '"schema_version": "2.0"'))
+    path.write_text(path.read_text().replace('"schema_version": "1.1"', '"schema_version": "2.0"'))
 
 
 def other_signature(root):
@@ -213,7 +213,7 @@ def other_numbers(root):
         (no_weights, f"{store.WEIGHTS}: no such file"),
         (half_the_weights, "not a whole safetensors file"),
         (no_manifest, "not a student folder"),
-        (newer_manifest, "version 2.0 is newer than 1.0"),
+        (newer_manifest, "version 2.0 is newer than 1.1"),
         (other_signature, "its inputs and outputs are not those of the student's manifest"),
         (other_numbers, "row 1: "),
         (one_bit, "damaged: its networks and table do not fit the fingerprint in student.json"),

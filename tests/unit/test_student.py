@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from edgedistill.bundle import TABLE
 from edgedistill.errors import BundleError
 from edgedistill.student import MANIFEST, Student
+from edgedistill.tables import TABLE
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_the_fingerprint_is_of_weights_and_table_alone(student, copied):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("schema_version", "2.0", "version 2.0 is newer than 1.0"),
+        ("schema_version", "2.0", "version 2.0 is newer than 1.1"),
         ("signatures", [], "malformed"),
         ("signatures", {"../unet": {"inputs": [], "outputs": []}}, "lies outside of the folder"),
         ("name", None, "malformed"),

@@ -1,0 +1,150 @@
+"""Tables that edit a picture: tables to tables, where the caller's image and mask become conditions."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgedistill.errors import ConfigError
+from edgedistill.schedule import Schedule
+from edgedistill.table import Blend, Condition, Row, SamplerTable, Stage
+
+IMAGE, MASK = "image", "mask"
+
+
+def image_to_image(table: SamplerTable, strength: float) -> SamplerTable:
+    """Return the tail of a table, begun from the noised image (SDEdit, arXiv:2108.01073, section 3).
+
+    The first state is ``alpha_t*image + sigma_t*noise`` at the row whose time is nearest to `strength` times
+    that of the first row.
+
+    Args:
+        table: One stage, several rows.
+        strength: Above 0 and up to 1, which runs every row and keeps next to nothing of the image.
+
+    Raises:
+        ConfigError: If the strength is out of range, or the table cannot be begun at a later row; which
+            and why is said.
+    """
+    if not 0 < strength <= 1:
+        msg = f"`strength` must lie above 0 and up to 1, got {strength:g}."
+        raise ConfigError(msg)
+    stage, schedule, times = _timed(table, "image-to-image")
+    if len(times) == 1:
+        msg = "image-to-image needs a sampler of several rows; this one's only row starts from pure noise and keeps nothing of an image."
+        raise ConfigError(msg)
+    start = min(range(len(times)), key=lambda i: (abs(times[i] - strength * times[0]), i))
+    rows = stage.rows[start:]
+    for index, row in enumerate(rows):
+        if len(row.next.previous) > index:
+            msg = f"image-to-image at strength {strength:g} begins at row {start}, but row {start + index} looks back on rows before it (a multistep solver); use strength 1 or another sampler."
+            raise ConfigError(msg)
+    alpha, sigma = schedule.alpha_sigma(times[start])
+    begun = dataclasses.replace(stage, rows=rows, init_noise=(sigma, 0), init_image=(alpha, IMAGE))
+    return _rebuilt(table, begun, {"image_to_image": strength}, [_image(table)])
+
+
+def inpaint(table: SamplerTable) -> SamplerTable:
+    """Return a table that keeps the image where the mask is 0: every row ends with a blend.
+
+    The known part is ``alpha_s*image + sigma_s*noise`` at the time s of the next row, and the image itself
+    after the last one (arXiv:2201.09865, equation 8).
+
+    Raises:
+        ConfigError: If the table's rows do not tell their times; which and why is said.
+    """
+    stage, schedule, times = _timed(table, "inpainting")
+    rows = []
+    for index, row in enumerate(stage.rows):
+        is_last = index == len(times) - 1
+        known, noise = (1.0, 0.0) if is_last else schedule.alpha_sigma(times[index + 1])
+        rows.append(
+            dataclasses.replace(row, blend=Blend(known, noise, None if noise == 0 else index))
+        )
+    mask = Condition(MASK, "mask", shape=(1, *stage.shape[1:]))
+    blended = dataclasses.replace(stage, rows=tuple(rows))
+    return _rebuilt(table, blended, {"inpaint": True}, [_image(table), mask])
+
+
+def edited(table: SamplerTable, given: Iterable[str], strength: float | None) -> SamplerTable:
+    """Return the table that a request needs.
+
+    Args:
+        table: The sampler.
+        given: Names of the conditions that the caller gives.
+        strength: For image-to-image; None: not asked for.
+
+    Raises:
+        ConfigError: As `image_to_image` and `inpaint`; or if an image is given and nothing says what for.
+    """
+    extra = set(given) & {IMAGE, MASK} - {item.name for item in table.conditions}
+    if strength is not None:
+        table = image_to_image(table, strength)
+    if MASK in extra:
+        table = inpaint(table)
+    elif IMAGE in extra and strength is None:
+        msg = "An image is given: say with `strength` how far to go from it, or with `mask` what to draw anew."
+        raise ConfigError(msg)
+    return table
+
+
+def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:
+    """Return the only stage, the schedule, and the time before each row."""
+    if len(table.stages) != 1:
+        msg = f"{what} is for samplers of one stage; this cascade has {len(table.stages)}."
+        raise ConfigError(msg)
+    (stage,) = table.stages
+    config = table.annotations.get("scheduler")
+    if not isinstance(config, Mapping):
+        msg = f"{what} needs alpha and sigma of each row, but the table's annotations name no `scheduler`."
+        raise ConfigError(msg)
+    times: list[int] = []
+    for index, row in enumerate(stage.rows):
+        t = row.note.get("t")
+        if type(t) is not int or (times and t > times[-1]):
+            msg = f"{what} needs alpha and sigma of each row, but the note of row {index} tells no time that falls: {dict(row.note)}."
+            raise ConfigError(msg)
+        times.append(t)
+    return stage, Schedule.from_config(config), times
+
+
+def _image(table: SamplerTable) -> Condition:
+    low, high = table.space["value_range"]
+    span = (float(low), float(high))
+    return Condition(IMAGE, "image", shape=table.stages[0].shape, value_range=span)
+
+
+def _rebuilt(
+    table: SamplerTable, stage: Stage, edit: Mapping[str, Any], conditions: Iterable[Condition]
+) -> SamplerTable:
+    """Number the noise anew and add the conditions."""
+    edits = table.annotations.get("edits", {})
+    known = {item.name: item for item in table.conditions}
+    wanted = {item.name: item for item in conditions}
+    if not edits and (taken := sorted(known.keys() & wanted.keys())):
+        msg = f"This model's network itself takes `{taken[0]}`, so that it cannot be given for an edit."
+        raise ConfigError(msg)
+    numbered, count = _numbered(stage)
+    return dataclasses.replace(
+        table,
+        stages=(numbered,),
+        noise_count=count,
+        conditions=tuple((known | wanted).values()),
+        annotations={**table.annotations, "edits": {**edits, **edit}},
+    )
+
+
+def _numbered(stage: Stage) -> tuple[Stage, int]:
+    count = 1
+    rows: list[Row] = []
+    for row in stage.rows:
+        changed = row
+        if row.noise is not None:
+            changed = dataclasses.replace(changed, noise=count)
+            count += 1
+        if row.blend is not None and row.blend.index is not None:
+            changed = dataclasses.replace(
+                changed, blend=dataclasses.replace(row.blend, index=count)
+            )
+            count += 1
+        rows.append(changed)
+    return dataclasses.replace(stage, init_noise=(stage.init_noise[0], 0), rows=tuple(rows)), count
