@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from edgedistill.errors import ConfigError
 from edgedistill.sampler import resize
 from edgedistill.table import Condition
 
@@ -91,6 +92,24 @@ def control_error(task: Task, samples: Array, controls: dict[str, Array], factor
         return float(((low_resolution(samples, factor) - controls["image"]) ** 2).mean())
     known = (samples * 0 + 1) * (1 - controls["mask"])
     return float((known * (samples - controls["image"]) ** 2).sum() / known.sum())
+
+
+def impose(
+    task: Task, z: Array, known: Array, controls: dict[str, Array], factor: int = 2
+) -> Array:
+    """Return z with the part that the control tells of taken from `known`: its small image, or its known pixels.
+
+    Raises:
+        ConfigError: If the task is one whose control no linear map makes.
+    """
+    if task == "edges":
+        msg = (
+            "Edges cannot be imposed on an image; only super-resolution and inpainting are linear."
+        )
+        raise ConfigError(msg)
+    if task == "super_resolution":
+        return z + low_resolution(known - z, factor)
+    return z * controls["mask"] + known * (1 - controls["mask"])
 
 
 def _neighbours(size: int) -> tuple[list[int], list[int]]:

@@ -1,7 +1,9 @@
 """What a set of images is."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +39,10 @@ class ImageDataset(Protocol):
     def captions(self) -> Sequence[str] | None:
         """One sentence per image, or None."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Differs when any image does."""
+
 
 class LazyPixels:
     """Images that are read when they are asked for; `numpy.asarray` reads them all.
@@ -45,14 +51,20 @@ class LazyPixels:
         count: Number of images, at least 1.
         read: Returns image i as 8-bit (height, width, channels).
         name: Says where image i lies, for messages.
+        identity: Differs when any image does; made without reading them.
     """
 
     dtype = np.dtype(np.float32)
     ndim = 4
 
     def __init__(
-        self, count: int, read: Callable[[int], np.ndarray], name: Callable[[int], str]
+        self,
+        count: int,
+        read: Callable[[int], np.ndarray],
+        name: Callable[[int], str],
+        identity: str,
     ) -> None:
+        self.identity = identity
         self._count, self._read, self._name = count, read, name
         self._first = read(0).shape
         height, width, channels = self._first
@@ -120,6 +132,23 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the images; where they lie on disk, of their files' names, sizes and times."""
+        if isinstance(self.images, LazyPixels):
+            return self.images.identity
+        images = np.ascontiguousarray(self.images)
+        return hashlib.sha256(f"{images.shape}".encode() + images.tobytes()).hexdigest()
+
+
+def identity_of(files: Iterable[Path], shape: Any) -> str:
+    """Return a SHA-256 of files' names, sizes and times, and of the shape that their images are brought to."""
+    digest = hashlib.sha256(repr(shape).encode())
+    for path in files:
+        state = path.stat()
+        digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def from_uint8(images: np.ndarray) -> np.ndarray:

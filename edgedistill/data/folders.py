@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.data.dataset import Images, LazyPixels
+from edgedistill.data.dataset import Images, LazyPixels, identity_of
 from edgedistill.data.pictures import SUFFIXES, Shape, read_picture
 from edgedistill.errors import ConfigError
 
@@ -44,6 +44,7 @@ def read_folder(folder: Path, shape: Shape | None = None) -> Images:
         len(files),
         lambda number: read_picture(files[number], str(files[number]), shape),
         lambda number: str(files[number]),
+        identity_of(files, shape),
     )
     return Images(pixels, labels, captions)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.data.dataset import Images, LazyPixels
+from edgedistill.data.dataset import Images, LazyPixels, identity_of
 from edgedistill.data.folders import CAPTION_KEYS, LABEL_KEYS
 from edgedistill.data.pictures import Shape, to_uint8
 from edgedistill.errors import ConfigError, require
@@ -50,7 +50,7 @@ def read_saved(folder: Path, shape: Shape | None = None) -> Images:
         return to_uint8(images[number][pictures[0]], name(number), shape)
 
     return Images(
-        LazyPixels(len(table), read, name),
+        LazyPixels(len(table), read, name, identity_of(sorted(folder.iterdir()), shape)),
         None if label is None else np.array(table[label][:], np.int64),
         None if caption is None else [str(text) for text in table[caption][:]],
     )

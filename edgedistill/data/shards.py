@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from edgedistill.data.dataset import Images, LazyPixels
+from edgedistill.data.dataset import Images, LazyPixels, identity_of
 from edgedistill.data.folders import columns
 from edgedistill.data.pictures import SUFFIXES, Shape, read_picture
 from edgedistill.errors import ConfigError
@@ -60,7 +60,8 @@ def read_shards(shards: Sequence[Path], shape: Shape | None = None) -> Images:
             stream.seek(sample.offset)
             return read_picture(io.BytesIO(stream.read(sample.size)), name(number), shape)
 
-    return Images(LazyPixels(len(samples), read, name), labels, captions)
+    pixels = LazyPixels(len(samples), read, name, identity_of(shards, shape))
+    return Images(pixels, labels, captions)
 
 
 def _index(shard: Path) -> list[_Sample]:

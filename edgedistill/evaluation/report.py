@@ -76,8 +76,8 @@ class Evaluator:
         self.held_out = held_out
         self.extractor = extractor
         self.classifier = classifier
-        self.train_features = extract(extractor, train.images)
-        self.held_out_features = extract(extractor, held_out.images)
+        self.train_features = extract(extractor, np.asarray(train.images))
+        self.held_out_features = extract(extractor, np.asarray(held_out.images))
         self.floor = functools.cache(self._floor)
 
     @classmethod
@@ -96,7 +96,7 @@ class Evaluator:
         """SHA-256 of all that reports depend on besides the samples: features, classes, classifier."""
         arrays = [self.train_features, self.held_out_features]
         arrays += [data.labels for data in (self.train, self.held_out) if data.labels is not None]
-        arrays += [self.classifier(self.held_out.images)] if self.classifier else []
+        arrays += [self.classifier(np.asarray(self.held_out.images))] if self.classifier else []
         digest = hashlib.sha256(name_of(self.extractor).encode())
         for array in arrays:
             digest.update(f"{array.dtype} {array.shape}".encode())
@@ -176,5 +176,5 @@ def fit_classifier(train: ImageDataset) -> Classifier:
         MissingDependencyError: If scikit-learn is not installed.
     """
     machine = require("sklearn.svm", "train").SVC(C=10.0, gamma="scale")
-    machine.fit(pixels(train.images), train.labels)
+    machine.fit(pixels(np.asarray(train.images)), train.labels)
     return lambda images: machine.predict(pixels(images))
