@@ -99,12 +99,16 @@ def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:
         raise ConfigError(msg)
     times: list[int] = []
     for index, row in enumerate(stage.rows):
-        t = row.note.get("t")
-        if type(t) is not int or (times and t > times[-1]):
-            msg = f"{what} needs alpha and sigma of each row, but the note of row {index} tells no time that falls: {dict(row.note)}."
+        t = _whole(row.note.get("t"))
+        if t is None or (times and t > times[-1]):
+            msg = f"{what} needs alpha and sigma of each row, but the note of row {index} tells no whole time that falls: {dict(row.note)}."
             raise ConfigError(msg)
         times.append(t)
     return stage, Schedule.from_config(config), times
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if type(value) in (int, float) and float(value).is_integer() else None
 
 
 def _image(table: SamplerTable) -> Condition:
