@@ -21,8 +21,9 @@ check: .venv/done
 quality: .venv/done  ## The students over three seeds: quality/quality.md and quality.json.
 	$(BIN)/python examples/quality.py -o quality
 
-teacher: .venv/done  ## Train the packaged teacher again and compare it byte for byte.
+teacher: .venv/done  ## Train the packaged teachers again and compare them byte for byte.
 	$(BIN)/python examples/train_digits_teacher.py --check
+	$(BIN)/python examples/train_captioned_digits_teacher.py --check
 
 bench-cold: .venv/done  ## Process start to picture, against a bare script.
 	$(BIN)/python examples/bench_cold_start.py

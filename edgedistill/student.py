@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedistill.conditions import Tokenize
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
 from edgedistill.files import inside, read_json, sha256, write_json
@@ -55,6 +56,16 @@ class Student:
     def samplers(self) -> Tables:
         """All tables by name, the default first."""
         return {DEFAULT: self.table, **self.further}
+
+    @property
+    def tokenize(self) -> Tokenize | None:
+        """What turns prompts into tokens; None where no table takes prompts."""
+        names = tokenizers_of(self.samplers)
+        if not names:
+            return None
+        from edgedistill.text import Tokenizer
+
+        return Tokenizer.open(inside(self.root, names[0])).encode
 
     def folder(self, network: str) -> Path:
         """Return the folder that a network lies in."""

@@ -220,6 +220,20 @@ class Teacher:
         half = VaeDecoder(self.vae, self.shape[1:])
         return run_batches(half, states / self.space["scale"] + self.space["shift"])["sample"]
 
+    def save_text_parts(self, folder: Path) -> dict[str, Signature]:
+        """Write what a student needs to read prompts as this teacher does: text encoder and tokenizer.
+
+        Returns:
+            The signatures of the networks written, by name; empty where the teacher reads no text.
+        """
+        if self.text_encoder is None or self.tokenizer is None:
+            return {}
+        from edgedistill.models import store
+
+        store.save(self.text_encoder, folder / "text_encoder")
+        self.tokenizer.save(folder / text.FILE)
+        return {"text_encoder": store.signature(self.text_encoder)}
+
     @classmethod
     def open(cls, name: str | Path, *, null_class: bool = True) -> "Teacher":
         """Open a packaged teacher, or a folder that diffusers wrote.

@@ -20,7 +20,6 @@ from edgedistill.bundle import (
     start_from,
     write_bundle,
 )
-from edgedistill.conditions import Tokenize
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import ContractError
 from edgedistill.files import sha256
@@ -36,7 +35,7 @@ from edgedistill.probes import (
     spread_conditions,
 )
 from edgedistill.student import EXAMPLES, Student
-from edgedistill.tables import golden_file, networks_of, table_file, tokenizers_of
+from edgedistill.tables import golden_file, networks_of, table_file
 from edgedistill.validate import check
 
 from .formats import FORMATS, ExportOptions, Job, jobs
@@ -193,7 +192,7 @@ def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedN
     examples: Examples = {}
     if (student.root / EXAMPLES).is_file():
         examples = load_probes(student.root / EXAMPLES)
-    tokenize = _tokenizer(student)
+    tokenize = student.tokenize
     runs = []
     for name, table in student.samplers.items():
         golden = record_golden(table, reference, *golden_samples(table, examples, tokenize))
@@ -206,15 +205,6 @@ def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedN
         msg = f"{student.root}: no example is routed to {', '.join(unused)}; add texts that are to the condition's `examples`."
         raise ContractError(msg)
     save_probes(calibration, draft.root / CALIBRATION)
-
-
-def _tokenizer(student: Student) -> Tokenize | None:
-    names = tokenizers_of(student.samplers)
-    if not names:
-        return None
-    from edgedistill.text import Tokenizer
-
-    return Tokenizer.open(student.root / names[0]).encode
 
 
 def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from edgedistill import __version__
 from edgedistill.evaluation.report import Evaluator, QualityReport
 from edgedistill.files import read_json, write_json, written_aside
-from edgedistill.models.run import sample_torch
 from edgedistill.teacher import Teacher
 
 _FIGURES, _SAMPLES = "baselines.json", "reference.safetensors"
@@ -30,7 +29,7 @@ class Settings:
         w: Its guidance weights, ``guidance_scale - 1``.
         spacings: Its timestep spacings.
         reference_steps, reference_w: The many-step teacher.
-        count: Samples of each; the classes take turns.
+        count: Samples of each; the classes take turns, and so do the example prompts.
         seed: Of the first sample.
     """
 
@@ -98,7 +97,7 @@ def naive_baselines(
 
 
 def _measure(teacher: Teacher, evaluator: Evaluator, settings: Settings) -> Baselines:
-    labels = None if teacher.classes is None else np.arange(settings.count) % teacher.classes
+    labels = evaluator.labels(teacher.conditions, settings.count)
     reference = _sample(teacher, settings, settings.reference_steps, settings.reference_w)
     best = evaluator.report(reference, labels)
     naive: dict[int, Naive] = {}
@@ -118,8 +117,7 @@ def _sample(
     teacher: Teacher, settings: Settings, steps: int, w: float, spacing: str | None = None
 ) -> np.ndarray:
     table = teacher.table(steps, 1 + w, spacing)
-    modules = dict.fromkeys(table.networks, teacher.network)
-    return sample_torch(modules, table, settings.count, seed=settings.seed)
+    return teacher.sample(table, settings.count, seed=settings.seed)
 
 
 def _fingerprint(teacher: Teacher, evaluator: Evaluator, settings: Settings) -> str:

@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from edgedistill.choices import Condition
 from edgedistill.data import ImageDataset, open_dataset
+from edgedistill.data.captions import digits_of
 from edgedistill.errors import ContractError, require
 from edgedistill.evaluation import metrics
 from edgedistill.evaluation.features import Extractor, extract, name_of, pixels
 
 Classifier = Callable[[np.ndarray], np.ndarray]
+Reader = Callable[[Sequence[str]], np.ndarray]
+_READERS: Mapping[str, Reader] = {"captioned_digits": digits_of}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Evaluator:
         held_out: What it has not seen.
         extractor: Maps images to the features that they are compared by.
         classifier: Maps images to classes, for `QualityReport.accuracy`.
+        reader: Maps prompts to the classes that they ask for.
     """
 
     def __init__(
@@ -71,11 +76,13 @@ class Evaluator:
         held_out: ImageDataset,
         extractor: Extractor = pixels,
         classifier: Classifier | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.train = train
         self.held_out = held_out
         self.extractor = extractor
         self.classifier = classifier
+        self.reader = reader
         self.train_features = extract(extractor, np.asarray(train.images))
         self.held_out_features = extract(extractor, np.asarray(held_out.images))
         self.floor = functools.cache(self._floor)
@@ -89,7 +96,7 @@ class Evaluator:
         """
         train, held_out = open_dataset(name, "train"), open_dataset(name, "test")
         classifier = None if train.labels is None else fit_classifier(train)
-        return cls(train, held_out, extractor, classifier)
+        return cls(train, held_out, extractor, classifier, _READERS.get(name))
 
     @property
     def fingerprint(self) -> str:
@@ -102,6 +109,23 @@ class Evaluator:
             digest.update(f"{array.dtype} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    def labels(self, conditions: Sequence[Condition], count: int) -> np.ndarray | None:
+        """Return the classes that samples stand for when a table's conditions are left to themselves.
+
+        Args:
+            conditions: Of the table; classes take turns, and so do the examples of a text.
+            count: Number of samples.
+
+        Returns:
+            (count,) classes; None where nothing says them.
+        """
+        for item in conditions:
+            if item.kind == "class" and item.size:
+                return np.arange(count) % item.size
+            if item.kind == "text" and item.examples and self.reader is not None:
+                return np.resize(self.reader(item.examples), count)
+        return None
 
     def report(
         self,

@@ -89,16 +89,16 @@ class StudentQuality:
 def measure(student: Student, evaluator: Evaluator, baselines: Baselines) -> StudentQuality:
     """Sample a student at the baselines' guidance, noise and count, and measure it against them."""
     settings = baselines.settings
-    modules = {name: store.load(student.root / name) for name in student.signatures}
+    modules = {name: store.load(student.folder(name)) for name in student.signatures}
     samples = sample_torch(
         modules,
         student.table,
         settings.count,
         seed=settings.seed,
         guidance_scale=1 + settings.reference_w,
+        tokenize=student.tokenize,
     )
-    size = student.table.conditions[0].size if student.table.conditions else None
-    labels = np.arange(settings.count) % size if size else None
+    labels = evaluator.labels(student.table.conditions, settings.count)
     report = evaluator.report(samples, labels, baselines.reference)
     naive = baselines.naive.get(student.table.nfe)
     parameters = sum(p.numel() for module in modules.values() for p in module.parameters())

@@ -19,10 +19,13 @@ from transformers import AutoTokenizer, CLIPTextModel, PreTrainedTokenizerFast
 
 from edgedistill.data.captions import TEMPLATES, caption
 from edgedistill.errors import BundleError, ConfigError
+from edgedistill.evaluation.baselines import Settings, naive_baselines
 from edgedistill.evaluation.report import Evaluator
 from edgedistill.models import store
+from edgedistill.models.run import sample_torch
 from edgedistill.models.vae import VaeDecoder, VaeEncoder
 from edgedistill.noise import noise_bank
+from edgedistill.student import Student
 from edgedistill.teacher import PACKAGED, Teacher
 
 FOLDER = PACKAGED["captioned_digits"]
@@ -145,6 +148,31 @@ def test_it_draws_what_the_prompt_says_in_sentences_it_has_not_seen(teacher: Tea
         report = evaluator.report(samples, digits)
         assert report.accuracy >= 0.97
         assert report.frechet < 2.2  # 200 samples, where 1000 give 1.45; white noise has 45
+
+
+def test_it_is_measured_by_what_its_examples_say(teacher: Teacher) -> None:
+    evaluator = Evaluator.open("captioned_digits")
+    assert evaluator.labels(teacher.conditions, 12).tolist() == [*range(10), 0, 1]
+    assert Evaluator.open("digits").labels(teacher.conditions, 12) is None
+    settings = Settings((4,), (0.0,), ("trailing",), reference_steps=8, count=60)
+    made = naive_baselines(teacher, evaluator, settings)
+    assert made.teacher.accuracy >= 0.97
+    assert made.naive[4].report.accuracy >= 0.95
+    assert made.naive[4].report.frechet > made.teacher.frechet
+
+
+def test_a_student_reads_prompts_as_it_does(teacher: Teacher, tmp_path: Path) -> None:
+    table = teacher.table(2, guidance_scale=2.0)
+    store.save(teacher.network, tmp_path / "unet")
+    signatures = {"unet": teacher.signature, **teacher.save_text_parts(tmp_path)}
+    Student(tmp_path, "reader", table, signatures).write_manifest()
+    student = Student.open(tmp_path)
+    modules = {name: store.load(student.folder(name)) for name in student.signatures}
+    made = sample_torch(
+        modules, student.table, 3, tokenize=student.tokenize, encoder_hidden_states=PROMPTS
+    )
+    expected = teacher.sample(table, 3, encoder_hidden_states=PROMPTS)
+    np.testing.assert_array_equal(made, expected)
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
