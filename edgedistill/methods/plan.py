@@ -207,12 +207,24 @@ class Emission:
         table: The sampler it was trained for.
         networks: Role per network name of the table.
         samplers: Further samplers of the same networks, by name.
+        sizes: (height, width) of the states of networks that take other ones than their role's module was
+            built for; they share the weights on disk with the network of that role that is not named here.
+        examples: Images and masks (examples, channels, height, width) by condition, which the probes are
+            made of.
     """
 
     name: str
     table: SamplerTable
     networks: Mapping[str, str] = field(default_factory=lambda: {"unet": "student"})
     samplers: Mapping[str, SamplerTable] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    examples: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The network whose folder each network of `sizes` lies in."""
+        homes = {role: name for name, role in self.networks.items() if name not in self.sizes}
+        return {name: homes[self.networks[name]] for name in self.sizes}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from edgedistill.models import store
 from edgedistill.models.denoiser import plain_network
 from edgedistill.models.lora import has_updates, merged
 from edgedistill.models.run import sample_torch
-from edgedistill.student import MANIFEST, Student
+from edgedistill.probes import save_probes
+from edgedistill.student import EXAMPLES, MANIFEST, Student
 from edgedistill.table import SamplerTable
 from edgedistill.training.checkpoint import CheckpointFolder
 from edgedistill.training.logs import RunLog, Unwatched
@@ -146,19 +147,27 @@ def _write_student(
         signatures, parameters = {}, {}
         for name, state in states.items():
             trained = plain_network(roles[emission.networks[name]])
-            network = store.build(store.config_of(trained))
-            network.load_state_dict(merged(trained, state) if has_updates(trained) else state)
-            store.save(network, aside / name)
+            config = store.config_of(trained)
+            if name in emission.sizes:
+                config["sample_size"] = list(emission.sizes[name])
+            network = store.build(config)
             signatures[name] = store.signature(network)
-            parameters[name] = sum(value.numel() for value in network.parameters())
+            if name not in emission.sizes:
+                network.load_state_dict(merged(trained, state) if has_updates(trained) else state)
+                store.save(network, aside / name)
+                parameters[name] = sum(value.numel() for value in network.parameters())
         scheduler = student_scheduler(prepared.recipe, prepared.teacher)
         write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
+        if emission.examples:
+            save_probes(emission.examples, aside / EXAMPLES)
         Student(
             aside,
             f"{prepared.recipe.name}-{emission.name}",
             emission.table,
             signatures,
             {**_provenance(prepared), "parameters": parameters},
+            emission.samplers,
+            emission.folders,
         ).write_manifest()
 
 
