@@ -12,6 +12,8 @@ from edgedistill.models import store
 from edgedistill.prediction import PredictionType, eps_coefficients, x0_coefficients
 from edgedistill.schedule import Schedule
 
+MIN_EPSILON_ALPHA = 0.02
+
 
 class Denoiser(nn.Module):
     """A network, the noise schedule it was trained on and the kind of its prediction.
@@ -139,6 +141,20 @@ class Denoiser(nn.Module):
             msg = f"No layer of this {type(plain_network(self.network)).__name__} is trained, so that no gradients can be compared on it."
             raise ConfigError(msg)
         return trained[-1]
+
+    def require_x0(self, label: int) -> None:
+        """Refuse eps where the state holds next to nothing of x: x0 = (z - sigma eps) / alpha.
+
+        Raises:
+            ConfigError: If x0 at the label would be lost in rounding.
+        """
+        alpha, _ = self.schedule.alpha_sigma(label)
+        if self.prediction_type is PredictionType.EPSILON and alpha < MIN_EPSILON_ALPHA:
+            msg = (
+                f"A student that predicts epsilon cannot start where alpha is {alpha:.1e}: x0 is lost in rounding; "
+                "set `prediction_type: v_prediction` in the recipe."
+            )
+            raise ConfigError(msg)
 
     def x0(self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return D(z, t), the estimate of clean data."""
