@@ -130,7 +130,7 @@ def edit_table() -> SamplerTable:
     known = schedule.alpha_sigma(200)
     rows = [
         replace(ddim_row(schedule, 600, 200, "flow"), blend=Blend(*known, index=1)),
-        replace(ddim_row(schedule, 200, -1, "flow"), blend=Blend(1.0)),
+        replace(ddim_row(schedule, 200, 0, "flow"), blend=Blend(1.0)),
     ]
     return wrapped(
         FLOW,
