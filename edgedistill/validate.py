@@ -79,6 +79,9 @@ def _law_problems(table: SamplerTable) -> Iterator[str]:
             yield f"row {index}: guidance_scale is {row.guidance_scale}, and the table's default is {table.guidance.default}"
         if row.clip not in (None, span, _clip_range(table)):
             yield f"row {index}: clip {row.clip} is neither the scheduler's nor the value range"
+        told = row.feeds.get("step")
+        if told not in (None, len(table.rows) + 1):
+            yield f"row {index}: is told of {told:g} time stamps, and the table has {len(table.rows) + 1}"
     for stage in table.stages:
         if len(calls := {row.call for row in stage.rows if row.call}) > 1:
             yield f"rows of one stage call the same networks, got {sorted(calls)}"
