@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgedistill.methods import ctm, dmd2, guide, guided, sfd
+from edgedistill.methods import codi, ctm, dmd2, guide, guided, lowdiff, sfd
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Plan
 
@@ -23,9 +23,11 @@ class Method:
 
 
 METHODS: Mapping[str, Method] = {
+    "codi": Method(codi.CodiSettings, codi.plan),
     "ctm": Method(ctm.CtmSettings, ctm.plan),
     "dmd2": Method(dmd2.DMD2Settings, dmd2.plan),
     "guide": Method(guide.GuideSettings, guide.plan),
     "guided": Method(guided.GuidedSettings, guided.plan),
+    "lowdiff": Method(lowdiff.LowdiffSettings, lowdiff.plan),
     "sfd": Method(sfd.SfdSettings, sfd.plan),
 }

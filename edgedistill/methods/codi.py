@@ -1,0 +1,272 @@
+"""Conditional diffusion distillation: an image condition and few steps in one training (Mei et al., arXiv:2310.01407).
+
+The paper's main equation and its pseudo-code differ in the state at the earlier time (`CodiSettings.state`), and
+the boundary scaling and the sampler's times are those of its public code.
+"""
+
+import copy
+import dataclasses
+import itertools
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgedistill.data.controls import CHANCES, Task, control_conditions, controls_of
+from edgedistill.errors import ConfigError
+from edgedistill.methods.context import Context
+from edgedistill.methods.losses import Weighting, weighted_mse
+from edgedistill.methods.plan import (
+    Emission,
+    Follow,
+    Losses,
+    LossFunction,
+    OptimizerSettings,
+    Phase,
+    Plan,
+    Role,
+    Step,
+    Stretch,
+    Update,
+)
+from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.extend import extend
+from edgedistill.models.guide import GuidedDenoiser
+from edgedistill.models.inputs import Inputs
+from edgedistill.models.residuals import residual_encoder
+from edgedistill.models.slim import CutSettings, cut
+from edgedistill.prediction import boundary_coefficients
+from edgedistill.rows import boundary_row
+from edgedistill.schedule import Schedule
+from edgedistill.table import Condition, SamplerTable
+
+Conditions = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CodiSettings:
+    """Settings of conditional distillation.
+
+    Fields:
+        task: What the image condition is (see `edgedistill.data.controls`).
+        factor: Of super-resolution.
+        control: ``adapter``: a copy of the base's encoder reads the image, and its outputs are added to the
+            base's skips and middle; ``channels``: the image enters the base's first layer.
+        width: Share of the base's channels that the adapter has.
+        trains: ``adapter``: the base stays as it is, and one copy of it serves many adapters; ``all``.
+        steps: Numbers of sampler rows to write students for, over the same weights; the first one's is the
+            default.
+        jumps: Number of equal jumps from noise to data; the student is trained to agree with itself over one.
+        spacing: ``leading``: times are multiples of ``T / jumps``, as in the paper's code; ``trailing``:
+            they start at the last label, for schedules that leave nothing of x there.
+        shared_time: Draw one time for the whole batch, which the paper found better for 1 to 4 steps.
+        state: How the state at the earlier time is made of the estimate of x: with the ``true`` noise, or
+            along the student's own DDIM step (``ddim``).
+        agreement: Weight of the consistency of eps over one jump.
+        guidance: Weight of the distance to the data.
+        weighting: Of the distance to the data by noise level; None: plain, as in the paper.
+        timestep_scaling: How fast the boundary condition fades with the time.
+        ema: Rate of the average that is the target, and is written.
+        train: Length and optimizer.
+    """
+
+    task: Task = "super_resolution"
+    factor: int = 2
+    control: Literal["adapter", "channels"] = "adapter"
+    width: float = 1.0
+    trains: Literal["adapter", "all"] = "adapter"
+    steps: tuple[int, ...] = (4,)
+    jumps: int = 50
+    spacing: Literal["leading", "trailing"] = "leading"
+    shared_time: bool = True
+    state: Literal["true", "ddim"] = "ddim"
+    agreement: float = 1.0
+    guidance: float = 1.0
+    weighting: Weighting | None = None
+    timestep_scaling: float = 10.0
+    ema: float = 0.99995
+    train: Stretch = field(
+        default_factory=lambda: Stretch(
+            100_000,
+            OptimizerSettings("adamw", 1e-5, weight_decay=0.01, decay="constant"),
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not self.steps or not all(1 <= count <= self.jumps for count in self.steps):
+            msg = f"`steps` must lie in [1, {self.jumps}], the number of `jumps`, got {list(self.steps)}."
+            raise ConfigError(msg)
+        if self.control == "channels" and (self.trains, self.width) != ("all", 1.0):
+            msg = "With `control: channels` there is no adapter: set `trains: all` and leave `width` out."
+            raise ConfigError(msg)
+        if min(self.agreement, self.guidance) < 0 or self.agreement + self.guidance == 0:
+            msg = f"`agreement` and `guidance` must not be negative, nor both 0, got {self.agreement} and {self.guidance}."
+            raise ConfigError(msg)
+
+
+def plan(settings: CodiSettings, context: Context) -> Plan:
+    """Lay out the one phase.
+
+    Raises:
+        ConfigError: If the network takes no adapter, or the images do not divide by `factor`.
+    """
+    _, height, width = context.shape
+    if settings.task == "super_resolution" and (
+        height % settings.factor or width % settings.factor
+    ):
+        msg = f"`factor` {settings.factor} does not divide images of {height}x{width}."
+        raise ConfigError(msg)
+    controls = control_conditions(settings.task, context.shape)
+    roles, networks = _roles(settings, context, controls)
+    tables = {str(count): _table(settings, context, controls, count) for count in settings.steps}
+    default, *further = tables
+    student = Emission(
+        f"{default}-step",
+        tables[default],
+        networks,
+        {f"{name}-step": tables[name] for name in further},
+    )
+    trained = tuple(role.name for role in roles if role.trained)
+    grid = jump_grid(context.schedule, settings.jumps, settings.spacing)
+    update = Update("student", trained, codi_loss(settings, grid), settings.train.optimizer)
+    phase = Phase("codi", settings.train.iterations, (update,), preview=student, emits=student)
+    return Plan(roles, (phase,))
+
+
+def _roles(
+    settings: CodiSettings, context: Context, controls: tuple[Condition, ...]
+) -> tuple[tuple[Role, ...], dict[str, str]]:
+    """Return the roles, and the role of each network of the table."""
+    (channels, *_), follow = controls[0].shape or (1,), Follow("student", settings.ema)
+    inputs = Inputs(image_channels=channels, mask=len(controls) > 1)
+    if settings.control == "channels":
+        network = extend(context.base, inputs)
+        student = Denoiser(network, context.schedule, context.prediction_type)
+        average = Role("average", copy.deepcopy(student), follows=follow)
+        return (Role("student", student, trained=True), average), {"unet": "average"}
+    base = context.student(residuals=True)
+    narrow = context.base
+    if settings.width < 1:
+        narrow = cut(context.base, CutSettings(width=settings.width))
+    adapter = residual_encoder(narrow, base.network, inputs)
+    whole = settings.trains == "all"
+    last = copy.deepcopy(base) if whole else base
+    roles = [
+        Role("base", base, trained=whole),
+        Role("student", GuidedDenoiser(adapter, base), trained=True),
+        Role("average", GuidedDenoiser(copy.deepcopy(adapter), last), follows=follow),
+    ]
+    if whole:
+        roles.append(Role("base average", last, follows=Follow("base", settings.ema)))
+    return tuple(roles), {"adapter": "average", "unet": "base average" if whole else "base"}
+
+
+def jump_grid(
+    schedule: Schedule, jumps: int, spacing: Literal["leading", "trailing"]
+) -> tuple[int, ...]:
+    """Return the rising labels between which the student jumps; the first is 0, where its estimate is its state.
+
+    Raises:
+        ConfigError: If the schedule has fewer labels than jumps.
+    """
+    times = schedule.timesteps(jumps, spacing)[::-1]
+    return times if times[0] == 0 else (0, *times)
+
+
+def row_times(grid: tuple[int, ...], jumps: int, count: int) -> list[tuple[int, int]]:
+    """Return (t, s) of `count` rows: every ceil(jumps / count)-th time from the top, and 0 in the end."""
+    stride = -(-jumps // count)
+    chosen = [grid[-1 - stride * index] for index in range(count) if stride * index < len(grid) - 1]
+    return list(itertools.pairwise([*chosen, 0]))
+
+
+def _table(
+    settings: CodiSettings, context: Context, controls: tuple[Condition, ...], count: int
+) -> SamplerTable:
+    schedule = context.schedule
+    grid = jump_grid(schedule, settings.jumps, settings.spacing)
+    network = ("adapter", "unet") if settings.control == "adapter" else "unet"
+    rows = tuple(
+        boundary_row(
+            schedule,
+            t,
+            s,
+            context.kind,
+            timestep_scaling=settings.timestep_scaling,
+            network=network,
+        )
+        for t, s in row_times(grid, settings.jumps, count)
+    )
+    table = context.table(rows, task=settings.task)
+    return dataclasses.replace(table, conditions=(*context.conditions, *controls))
+
+
+def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
+    """Return the loss: distance to the data, and agreement with oneself over one jump of `grid`."""
+    labels = torch.tensor(grid)
+
+    def loss(step: Step) -> Losses:
+        x, draw = step.batch.x, step.draw
+        student, average = step.roles["student"], step.roles["average"]
+        chances = torch.stack([draw.uniform(0.0, 1.0) for _ in range(CHANCES)], dim=1)
+        controls = controls_of(settings.task, x, chances, settings.factor)
+        conditions = {**step.batch.conditions, **controls}
+        places = draw.integers(1, len(grid))
+        if settings.shared_time:
+            places = torch.full_like(places, draw.shared_integer(1, len(grid)))
+        t, s = (labels.to(x.device)[places - back] for back in (0, 1))
+        noise = draw.normal(*x.shape[1:])
+        alpha, sigma = student.alpha_sigma(t)
+        x0, eps = estimates(
+            student, alpha * x + sigma * noise, t, conditions, settings.timestep_scaling
+        )
+        weighting = settings.weighting
+        terms = {}
+        if settings.guidance:
+            error = (
+                (x0 - x).square().mean()
+                if weighting is None
+                else weighted_mse(student, x0, x, t, weighting)
+            )
+            terms["guidance"] = settings.guidance * error
+        if settings.agreement:
+            kept = noise if settings.state == "true" else eps
+            target = agreement_target(average, x0, kept, s, conditions, settings.timestep_scaling)
+            terms["agreement"] = settings.agreement * (eps - target).square().mean()
+        return Losses(terms)
+
+    return loss
+
+
+def estimates(
+    denoiser: Denoiser, z: Tensor, t: Tensor, conditions: Conditions, timestep_scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return the estimate of x, which is z itself at label 0, and the network's eps."""
+    raw = denoiser.raw(z, t, conditions)
+    c_skip, c_out = boundary_coefficients(t[:, None, None, None], timestep_scaling)
+    x0 = c_skip * z + c_out * denoiser.to_x0(z, t, raw)
+    return x0, denoiser.to_eps(z, t, raw)
+
+
+@torch.no_grad()
+def agreement_target(
+    average: Denoiser,
+    x0: Tensor,
+    eps: Tensor,
+    s: Tensor,
+    conditions: Conditions,
+    timestep_scaling: float,
+) -> Tensor:
+    """Return the average student's eps at ``z_s = alpha_s x0 + sigma_s eps``.
+
+    Args:
+        average: The target network.
+        x0, eps: The student's estimate, and the true noise or the student's own.
+        s: (batch,) labels of the earlier time.
+        conditions: Of the batch.
+        timestep_scaling: See `CodiSettings`.
+    """
+    alpha, sigma = average.alpha_sigma(s)
+    _, target = estimates(average, alpha * x0 + sigma * eps, s, conditions, timestep_scaling)
+    return target
