@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _ASSETS = Path(str(resources.files("edgedistill"))) / "assets"
 PACKAGED = {name: _ASSETS / f"{name}_teacher" for name in ("digits", "captioned_digits")}
+ARCHITECTURES = _ASSETS / "architectures"
 SCHEDULER = "scheduler_config.json"
 PROMPTS = "prompts.txt"
 _EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
@@ -253,8 +254,29 @@ class Teacher:
         """
         return _open(str(name), PACKAGED.get(str(name), Path(name)), null_class=null_class)
 
+    @classmethod
+    def sketch(cls, name: str | Path, *, null_class: bool = True) -> "Teacher":
+        """Read the configurations of a teacher alone: its networks have no weights (device ``meta``).
 
-def _open(name: str, root: Path, *, null_class: bool) -> Teacher:
+        Args:
+            name: As for `open`; where there is no such folder, the known architecture of its last part:
+                ``models/stable-diffusion-v1-5`` is that of ``stable-diffusion-v1-5``.
+            null_class: As for `open`.
+
+        Raises:
+            BundleError, ConfigError: As `open`.
+        """
+        import torch
+
+        root = PACKAGED.get(str(name), Path(name))
+        if not root.exists() and (ARCHITECTURES / root.name).is_dir():
+            root = ARCHITECTURES / root.name
+        with torch.device("meta"):
+            return _open(str(name), root, null_class=null_class, bare=True)
+
+
+def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Teacher:
+    """Open a teacher, or its configurations alone where it is `bare`."""
     from edgedistill.models import store
 
     folder = root / "unet" if (root / "unet").is_dir() else root
@@ -264,7 +286,7 @@ def _open(name: str, root: Path, *, null_class: bool) -> Teacher:
     _refuse_unknown_parts(root)
     scheduler = _scheduler_file(root)
     Schedule.from_config(read_json(scheduler))
-    networks = {folder: _load(folder, _NETWORKS)}
+    networks = {folder: _load(folder, _NETWORKS, bare=bare)}
     signature = store.signature(networks[folder])
     embeddings = store.config_of(networks[folder]).get("num_class_embeds")
     labels, words = signature.input("class"), signature.input("text")
@@ -274,12 +296,13 @@ def _open(name: str, root: Path, *, null_class: bool) -> Teacher:
     parts: dict[str, Any] = {}
     if words is not None:
         null[words.name] = ""
-        parts = {"tokenizer": text.Tokenizer.open(root / "tokenizer"), "examples": _examples(root)}
-        parts["text_encoder"] = _load(root / "text_encoder", _TEXT_ENCODERS)
+        parts = {"examples": _examples(root)}
+        if not bare:
+            parts["tokenizer"] = text.Tokenizer.open(root / "tokenizer")
+        parts["text_encoder"] = _load(root / "text_encoder", _TEXT_ENCODERS, bare=bare)
         networks[root / "text_encoder"] = parts["text_encoder"]
-        signature = signature.bind(length=parts["text_encoder"].length)
     if (root / "vae").is_dir():
-        parts["vae"] = networks[root / "vae"] = _load(root / "vae", _AUTOENCODERS)
+        parts["vae"] = networks[root / "vae"] = _load(root / "vae", _AUTOENCODERS, bare=bare)
     made = Teacher(
         name=name,
         network=networks[folder],
@@ -287,21 +310,23 @@ def _open(name: str, root: Path, *, null_class: bool) -> Teacher:
         signature=signature,
         classes=embeddings - (labels.name in null) if labels and embeddings else None,
         null=null,
-        fingerprint=_fingerprint(scheduler, networks, root / "tokenizer"),
+        fingerprint="" if bare else _fingerprint(scheduler, networks, root / "tokenizer"),
         **parts,
     )
     _refuse_strangers(made)
     return made
 
 
-def _load(folder: Path, kinds: Sequence[str]) -> "nn.Module":
-    """Load a network that is of one of these classes."""
+def _load(folder: Path, kinds: Sequence[str], *, bare: bool) -> "nn.Module":
+    """Load a network that is of one of these classes, or build it without its weights."""
     from edgedistill.models import store
 
     kind = store.class_name(read_json(folder / "config.json"))
     if kind not in kinds:
         msg = f"{folder}: is a {kind}; a teacher has one of {', '.join(kinds)} here."
         raise BundleError(msg)
+    if bare:
+        return store.build(read_json(folder / "config.json"), str(folder)).eval()
     return store.load(folder)
 
 

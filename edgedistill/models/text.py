@@ -65,9 +65,9 @@ class TextEncoder(nn.Module):
         encoded = parts.encoder(inputs_embeds=hidden, causal_attention_mask=causal)
         hidden = parts.final_layer_norm(encoded.last_hidden_state)
         # In a vocabulary of those configurations the end token is the highest number.
-        marks = input_ids if self._end is None else input_ids == self._end
-        places = marks.int().argmax(dim=1)
-        return hidden, hidden[torch.arange(len(places), device=hidden.device), places]
+        marks = input_ids if self._end is None else input_ids == input_ids.new_tensor(self._end)
+        places = marks.int().argmax(dim=1)[:, None, None]
+        return hidden, hidden.gather(1, places.expand(-1, 1, hidden.shape[2]))[:, 0]
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:

@@ -112,7 +112,7 @@ def test_what_the_packaged_one_is(teacher: Teacher) -> None:
     )
     assert condition.examples[3] == "a handwritten three"
     assert (teacher.classes, teacher.null) == (None, {"encoder_hidden_states": ""})
-    assert teacher.signature.input("text").shape == ("batch", 12, 32)
+    assert teacher.signature.input("text").shape == ("batch", "length", 32)
     assert (teacher.space["kind"], teacher.shape, teacher.image_shape) == (
         "pixel",
         (1, 8, 8),
