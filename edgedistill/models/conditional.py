@@ -84,7 +84,8 @@ def extend_conditional(
     network: UNet2DConditionModel, inputs: Inputs
 ) -> ExtendedUNet2DConditionModel:
     """Return a copy of a stock network with further inputs."""
-    extended = ExtendedUNet2DConditionModel(network.config, inputs)
+    with network.device:
+        extended = ExtendedUNet2DConditionModel(network.config, inputs)
     state = network.state_dict()
     if inputs.image_channels:
         own = extended.conv_in.weight
@@ -92,8 +93,8 @@ def extend_conditional(
         state["conv_in.weight"] = torch.cat(
             [weight, torch.zeros_like(own[:, weight.shape[1] :])], 1
         )
-    extended.load_state_dict(state, strict=False, assign=network.device.type == "meta")
-    return extended.to(network.device).train(mode=network.training)
+    extended.load_state_dict(state, strict=False)
+    return extended.train(mode=network.training)
 
 
 def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:

@@ -184,12 +184,13 @@ def _with_scalars(old: TimestepEmbedding, count: int) -> TimestepEmbedding:
     if not count:
         return old
     features = old.linear_1.in_features
-    new = TimestepEmbedding(
-        features, old.linear_1.out_features, cond_proj_dim=count * EMBEDDING_DIM
-    )
+    with old.linear_1.weight.device:
+        new = TimestepEmbedding(
+            features, old.linear_1.out_features, cond_proj_dim=count * EMBEDDING_DIM
+        )
     new.load_state_dict(old.state_dict(), strict=False)
     nn.init.zeros_(new.cond_proj.weight)
-    return new.to(old.linear_1.weight.device)
+    return new
 
 
 def _image_stem(conv_in: nn.Conv2d, channels: int) -> nn.Conv2d | None:

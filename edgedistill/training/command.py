@@ -12,6 +12,7 @@ from edgedistill.arguments import add_command, add_json, positive
 EPILOG = """\
 examples:
   edgedistill distill examples/digits_guided.yaml -o student --dry-run
+  edgedistill distill examples/sd15_guided.yaml -o student --sketch       # 860 M parameters, on any machine
   edgedistill distill examples/digits_guided.yaml -o student
   edgedistill distill examples/digits_guided.yaml -o student --set training.batch_size=32 --set seed=1
   edgedistill distill examples/digits_guided.yaml -o student --resume     # after a kill: bitwise the same
@@ -54,6 +55,11 @@ def register(subparsers: Any) -> None:
         help="check everything, time a few steps, print the plan",
     )
     parser.add_argument(
+        "--sketch",
+        action="store_true",
+        help="print the plan from the teacher's configurations alone: no weights, no data, no time",
+    )
+    parser.add_argument(
         "--threads", type=positive, help="CPU threads of torch; results depend on it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -65,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry out the command."""
     import torch
 
-    from edgedistill.training.describe import describe
+    from edgedistill.training.describe import describe, plan_text
     from edgedistill.training.recipe import Recipe
     from edgedistill.training.run import distill
 
@@ -73,9 +79,9 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     recipe = Recipe.load(options.recipe, options.overrides)
-    if options.dry_run:
-        plan = describe(recipe)
-        print(json.dumps(plan, indent=1) if options.json else _plan_text(plan))
+    if options.dry_run or options.sketch:
+        plan = describe(recipe, is_sketch=options.sketch)
+        print(json.dumps(plan, indent=1) if options.json else plan_text(plan))
         return 0
     student = distill(
         recipe,
@@ -98,27 +104,3 @@ def run(options: argparse.Namespace) -> int:
         print(f"{student.root}: {student.name}, {student.table.nfe} evaluation(s) per sample")
         print(f"next: edgedistill export all -m {student.root} BUNDLE")
     return 0
-
-
-def _plan_text(plan: dict[str, Any]) -> str:
-    lines = [
-        f"recipe {plan['recipe']['name']}: {plan['recipe']['method']}, seed {plan['recipe']['seed']}"
-    ]
-    lines += ["", f"{'role':<12}{'parameters':>14}  trained  average of"]
-    for role in plan["roles"]:
-        mark = "yes" if role["trained"] else "no"
-        lines.append(
-            f"{role['name']:<12}{role['parameters']:>14,}  {mark:<7}  {role['follows'] or '-'}"
-        )
-    lines += [
-        "",
-        f"{'phase':<14}{'iterations':>11}{'samples':>12}{'s/iteration':>13}{'minutes':>9}  writes",
-    ]
-    for phase in plan["phases"]:
-        seconds = phase["seconds_per_iteration"] or 0.0
-        minutes = seconds * phase["iterations"] / 60
-        lines.append(
-            f"{phase['name']:<14}{phase['iterations']:>11,}{phase['samples']:>12,}{seconds:>13.3f}"
-            f"{minutes:>9.1f}  {phase['emits'] or '-'}"
-        )
-    return "\n".join(lines)

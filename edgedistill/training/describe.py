@@ -1,4 +1,4 @@
-"""The plan of a recipe without carrying it out: roles, phases, updates, samples, time."""
+"""The plan of a recipe without carrying it out: roles, phases, updates, samples, memory, arithmetic, time."""
 
 import dataclasses
 import tempfile
@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedistill.methods.plan import Phase
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgedistill.contract import BATCH, LENGTH
+from edgedistill.methods.plan import Batch, Phase, Plan, Role, Step, Update
+from edgedistill.teacher import Teacher
 from edgedistill.training.checkpoint import Position
+from edgedistill.training.draw import PositionDraw, Slice
 from edgedistill.training.logs import Unwatched
-from edgedistill.training.prepare import prepare
+from edgedistill.training.prepare import Prepared, prepare, sketch
 from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import start, train
+
+META = torch.device("meta")
+ADAM_STATES = 2
 
 
 @dataclass
@@ -35,52 +45,198 @@ class _Stopwatch(Unwatched):
         self._last = now
 
 
-def describe(recipe: Recipe, *, timed_iterations: int = 4) -> dict[str, Any]:
-    """Return the plan of a recipe without carrying it out: roles, phases, updates, samples, time.
+@dataclass(frozen=True)
+class Cost:
+    """What one optimizer step of an update takes on one device.
+
+    Fields:
+        activations: Bytes that its backward pass keeps from the forward pass.
+        flops: Of the forward passes; the backward pass takes about twice what it differentiates.
+    """
+
+    activations: int
+    flops: int
+
+
+def describe(
+    recipe: Recipe, *, is_sketch: bool = False, timed_iterations: int = 4
+) -> dict[str, Any]:
+    """Return the plan of a recipe as JSON data.
 
     Args:
         recipe: What would be done.
+        is_sketch: Read the teacher's configurations alone: no weights, no data, no time is measured.
         timed_iterations: Iterations of each phase that are run to measure the time; 0: none.
 
     Raises:
         BundleError, ConfigError: As `prepare`.
     """
-    prepared = prepare(recipe)
-    seconds: dict[str, float] = {}
-    if timed_iterations:
-        watch = _Stopwatch()
-        short = tuple(
-            dataclasses.replace(phase, iterations=timed_iterations, emits=None)
-            for phase in prepared.plan.phases
-        )
-        plan = dataclasses.replace(prepared.plan, phases=short)
-        trial = dataclasses.replace(prepare(recipe), plan=plan)
-        with tempfile.TemporaryDirectory() as folder:
-            train(trial, Path(folder), watch, start(trial))
-        seconds = watch.seconds
+    seconds = {} if is_sketch or not timed_iterations else _seconds(recipe, timed_iterations)
+    prepared = sketch(recipe)
+    plan, costs = prepared.plan, _costs(prepared)
     return {
         "recipe": recipe.to_json(),
-        "roles": [
-            {
-                "name": role.name,
-                "parameters": sum(p.numel() for p in role.network.parameters()),
-                "trained": role.trained,
-                "follows": role.follows.role if role.follows else None,
-            }
-            for role in prepared.plan.roles
-        ],
+        "measured": bool(seconds),
+        "roles": [_role(plan, role) for role in plan.roles],
         "phases": [
             {
                 "name": phase.name,
                 "iterations": phase.iterations,
                 "samples": phase.iterations * recipe.training.batch_size,
                 "updates": [
-                    {"name": u.name, "steps": list(u.roles), "every": u.every, "unroll": u.unroll}
-                    for u in phase.updates
+                    {
+                        "name": update.name,
+                        "steps": list(update.roles),
+                        "every": update.every,
+                        "unroll": update.unroll,
+                        "forward_flops": costs[phase.name, update.name].flops,
+                        "activation_bytes": costs[phase.name, update.name].activations,
+                    }
+                    for update in phase.updates
                 ],
+                "device_bytes": _device_bytes(plan, phase, costs),
                 "emits": phase.emits.name if phase.emits else None,
                 "seconds_per_iteration": seconds.get(phase.name),
             }
-            for phase in prepared.plan.phases
+            for phase in plan.phases
         ],
     }
+
+
+def _seconds(recipe: Recipe, iterations: int) -> dict[str, float]:
+    watch = _Stopwatch()
+    prepared = prepare(recipe)
+    short = tuple(
+        dataclasses.replace(phase, iterations=iterations, emits=None)
+        for phase in prepared.plan.phases
+    )
+    trial = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, phases=short))
+    with tempfile.TemporaryDirectory() as folder:
+        train(trial, Path(folder), watch, start(trial))
+    return watch.seconds
+
+
+def _role(plan: Plan, role: Role) -> dict[str, Any]:
+    trained = sum(p.numel() for n, p in role.network.named_parameters() if role.is_trained(n))
+    return {
+        "name": role.name,
+        "parameters": sum(p.numel() for p in role.network.parameters()),
+        "trained": trained,
+        "follows": role.follows.role if role.follows else None,
+        "saved": plan.changes(role),
+    }
+
+
+def _device_bytes(plan: Plan, phase: Phase, costs: Mapping[tuple[str, str], Cost]) -> int:
+    """Weights of all roles, gradients and Adam's moments of those that the phase steps, and activations."""
+    stepped = {name for update in phase.updates for name in update.roles}
+    total = 0
+    for role in plan.roles:
+        for name, parameter in role.network.named_parameters():
+            grown = 1 + ADAM_STATES if role.name in stepped and role.is_trained(name) else 0
+            total += parameter.numel() * parameter.element_size() * (1 + grown)
+    return total + max(costs[phase.name, update.name].activations for update in phase.updates)
+
+
+def _costs(prepared: Prepared) -> dict[tuple[str, str], Cost]:
+    """Return the cost of each update by (phase, update), from its loss run without numbers."""
+    settings = prepared.recipe.training
+    modules = {role.name: role.module.to(META) for role in prepared.plan.roles}
+    for role in prepared.plan.roles:
+        for name, parameter in role.network.named_parameters():
+            parameter.requires_grad_(role.is_trained(name))
+    part = Slice(
+        settings.batch_size, 0, max(1, settings.batch_size // settings.gradient_accumulation)
+    )
+    batch = blank_batch(prepared.teacher, part.stop)
+    return {
+        (phase.name, update.name): _cost(prepared.recipe, update, modules, batch, part)
+        for phase in prepared.plan.phases
+        for update in phase.updates
+    }
+
+
+def _cost(
+    recipe: Recipe, update: Update, modules: Mapping[str, Any], batch: Batch, part: Slice
+) -> Cost:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    precision = recipe.training.mixed_precision
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    draw = PositionDraw(recipe.seed, ("plan",), part, META)
+    carry: Any = None
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
+        for index in range(update.unroll):
+            # Of an unrolled update, the first position that makes a step.
+            losses = update.loss(Step(modules, batch, draw, index, carry))
+            carry = losses.carry
+            if losses.terms or losses.done:
+                break
+    return Cost(sum(kept.values()), int(counter.get_total_flops()))
+
+
+def blank_batch(teacher: Teacher, count: int) -> Batch:
+    """Return a batch of a teacher's shapes without numbers."""
+    x = torch.empty(count, *teacher.shape, device=META)
+    conditions = {}
+    for spec in teacher.signature.inputs:
+        if spec.kind not in ("x", "t"):
+            length = teacher.text_encoder.length if teacher.text_encoder is not None else 1
+            sizes = {BATCH: count, LENGTH: length}
+            shape = [
+                sizes.get(size, size) if isinstance(size, str) else size for size in spec.shape
+            ]
+            conditions[spec.name] = torch.empty(
+                *(int(size) for size in shape), dtype=getattr(torch, spec.dtype), device=META
+            )
+    return Batch(x, conditions, {name: conditions[name] for name in teacher.null})
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """Return what `describe` made as lines for people."""
+    recipe = plan["recipe"]
+    training = recipe["training"]
+    lines = [
+        f"recipe {recipe['name']}: {recipe['method']}, seed {recipe['seed']}, batch {training['batch_size']}"
+        f" in {training['gradient_accumulation']} piece(s) per process, precision {training['mixed_precision']}",
+        "",
+        f"{'role':<12}{'parameters':>15}{'trained':>15}  average of",
+    ]
+    for role in plan["roles"]:
+        lines.append(
+            f"{role['name']:<12}{role['parameters']:>15,}{role['trained']:>15,}  {role['follows'] or '-'}"
+        )
+    lines += [
+        "",
+        f"{'phase':<16}{'iterations':>11}{'samples':>13}{'GiB':>8}{'s/iteration':>13}{'minutes':>9}  writes",
+    ]
+    for phase in plan["phases"]:
+        seconds = phase["seconds_per_iteration"]
+        times = ("-", "-")
+        if seconds is not None:
+            times = (f"{seconds:.3f}", f"{seconds * phase['iterations'] / 60:.1f}")
+        lines.append(
+            f"{phase['name']:<16}{phase['iterations']:>11,}{phase['samples']:>13,}"
+            f"{phase['device_bytes'] / 2**30:>8.2f}{times[0]:>13}{times[1]:>9}  {phase['emits'] or '-'}"
+        )
+        for update in phase["updates"]:
+            repeated = f" x {update['unroll']}" if update["unroll"] > 1 else ""
+            lines.append(
+                f"  update {update['name']}: steps {', '.join(update['steps'])}{repeated} every {update['every']},"
+                f" {update['forward_flops'] / 1e12:.3g} TFLOP forward"
+            )
+    lines += [
+        "",
+        "GiB: weights of all roles, gradients, Adam's moments and activations of one process, as float32 master",
+        "weights; data-parallel copies and the allocator's slack come on top.",
+    ]
+    return "\n".join(lines)

@@ -24,7 +24,8 @@ class Recipe:
     Fields:
         name: Of the student.
         teacher: A packaged one (``digits``), or a diffusers folder with unet/ and scheduler/.
-        data: ``digits``, an .npz file, or a folder of images.
+        data: What `edgedistill.data.open_dataset` opens.
+        cache: Folder to keep latents and embedded captions in; None: they are made anew, in memory.
         method: Which method, by its name in `edgedistill.methods.registry`.
         seed: Key of all randomness.
         prediction_type: What the student predicts; None: what the teacher does. Another kind needs a longer
@@ -37,6 +38,7 @@ class Recipe:
     name: str
     teacher: str
     data: str
+    cache: str | None = None
     method: str = "guided"
     seed: int = 0
     prediction_type: Literal["epsilon", "sample", "v_prediction"] | None = None
@@ -78,6 +80,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """SHA-256 of all settings that change the weights; how often to log or save is left out."""
         data = self.to_json()
+        del data["cache"]
         for name in ("checkpoint_every", "preview_every", "log_every", "tensorboard"):
             del data["training"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

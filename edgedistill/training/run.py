@@ -196,7 +196,7 @@ def _provenance(prepared: Prepared) -> dict[str, Any]:
 def _shareable(recipe: Recipe) -> dict[str, Any]:
     """Return the settings with names in place of local paths."""
     names = {"teacher": Path(recipe.teacher).name, "data": Path(recipe.data).name}
-    return {**recipe.to_json(), **names}
+    return {**recipe.to_json(), **names, "cache": None}
 
 
 def _previewer(networks: Networks, table: SamplerTable) -> np.ndarray:
