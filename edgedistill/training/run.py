@@ -167,6 +167,7 @@ def _write_student(
             signatures,
             {**_provenance(prepared), "parameters": parameters},
             emission.samplers,
+            emission.samplers,
             emission.folders,
         ).write_manifest()
 
