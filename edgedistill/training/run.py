@@ -167,7 +167,6 @@ def _write_student(
             signatures,
             {**_provenance(prepared), "parameters": parameters},
             emission.samplers,
-            emission.samplers,
             emission.folders,
         ).write_manifest()
 
