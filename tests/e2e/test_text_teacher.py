@@ -263,6 +263,10 @@ def test_pipelines_that_are_not_known_are_refused_by_name(tmp_path: Path) -> Non
     edit(other / "vae" / "config.json", _class_name="VQModel")
     with pytest.raises(BundleError, match="vae: is a VQModel; .* AutoencoderKL, AutoencoderTiny"):
         Teacher.open(other)
+    normalised = broken("normalised")
+    edit(normalised / "vae" / "config.json", latents_mean=[0.0] * 4, latents_std=[1.0] * 4)
+    with pytest.raises(BundleError, match="`latents_mean` and `latents_std` are not known"):
+        Teacher.open(normalised)
     added = broken("added")
     edit(added / "unet" / "config.json", addition_embed_type="text_time")
     with pytest.raises(BundleError, match="not known here: addition_embed_type 'text_time'"):

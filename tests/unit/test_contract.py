@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgedistill.contract import BATCH, Signature, TensorSpec
+from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import ContractError
 
 SAMPLE = TensorSpec("sample", (BATCH, 1, 8, 8), "float32", "x")
@@ -43,3 +43,11 @@ def test_names_that_are_missing_or_unknown_are_listed() -> None:
         SIGNATURE.check({"sample": feeds()["sample"]})
     with pytest.raises(ContractError, match="Inputs 'guidance' are unknown"):
         SIGNATURE.check({**feeds(), "guidance": np.zeros(2)})
+
+
+def test_free_sizes_are_bound_by_name_on_both_sides() -> None:
+    text = TensorSpec("text", (BATCH, LENGTH, 4), "float32", "text")
+    bound = Signature((SAMPLE, text), (text,)).bind(length=7)
+    assert [spec.shape for spec in bound.inputs] == [(BATCH, 1, 8, 8), (BATCH, 7, 4)]
+    assert bound.outputs[0].shape == (BATCH, 7, 4)
+    assert bound.bind(length=9) == bound
