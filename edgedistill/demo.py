@@ -156,10 +156,10 @@ def _parity(folder: Path, journal: _Journal) -> "ParityReport":
 
 
 def _missed(students: "list[StudentQuality]") -> list[str]:
-    from edgedistill.evaluation.students import GUIDED_BARS
+    from edgedistill.evaluation.students import BARS
 
     *full, small = students
-    missed = [line for item in full for line in item.problems(GUIDED_BARS[item.nfe])]
+    missed = [line for item in full for line in item.problems(BARS["guided"][item.nfe])]
     return missed + small.problems()
 
 

@@ -1,66 +1,108 @@
-"""The quality table: students of the packaged recipes over several seeds, beside their bars.
+"""The quality table: students of every method over several seeds, beside their bars.
 
-python examples/quality.py -o quality [--seeds 0 1 2] [--json]
+python examples/quality.py -o quality [--only sfd ctm] [--seeds 0 1 2] [--jobs 2] [--json]
 
-Writes quality/quality.md and quality/quality.json; a student that is already there is not trained again.
-Exit status 1 if a bar is missed.
+Each training is a process of its own with one thread, as many at a time as there are jobs. What it measured is kept
+as quality/NAME-SEED.json; the same command goes on where it was broken off, and makes anew what was made with other
+settings. Writes quality/quality.md and quality/quality.json. Exit status 1 if a bar is missed.
 """
 
 import argparse
 import json
 import logging
+import os
 import platform
+import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from edgedistill.environment import versions
-from edgedistill.evaluation.baselines import Baselines, naive_baselines
+from edgedistill.evaluation.baselines import Baselines, Settings, naive_baselines
 from edgedistill.evaluation.report import Evaluator
-from edgedistill.evaluation.students import GUIDED_BARS, StudentQuality, measure
-from edgedistill.files import write_bytes, write_json
+from edgedistill.evaluation.students import BARS, measure
+from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.student import Student
+from edgedistill.tables import DEFAULT
 from edgedistill.teacher import Teacher
 from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import distill
 
-# By folder name: the recipe, what is changed in it, where its students lie, whether the bars hold for them.
-STOCHASTIC = ("name=digits-stochastic", "guided.sampler=stochastic", "guided.steps=[4]")
-RUNS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...], bool]] = {
-    "guided": ("digits_guided", (), ("4-step", "2-step", "."), True),
-    "stochastic": ("digits_guided", STOCHASTIC, (".",), False),
-    "small": ("digits_small", (), (".",), False),
+
+@dataclass(frozen=True)
+class Run:
+    """One training and the students of it that are measured.
+
+    Fields:
+        recipe: A file beside this one, without its suffix.
+        changes: Settings that differ from it.
+        students: (folder, sampler) of each; the folder of the last phase is ``.``.
+        bars: Key of `BARS`, or None: the guards alone.
+    """
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+    students: tuple[tuple[str, str], ...] = ((".", DEFAULT),)
+    bars: str | None = None
+
+    def load(self, seed: int) -> Recipe:
+        """Return the recipe at a seed."""
+        path = Path(__file__).parent / f"{self.recipe}.yaml"
+        common = (f"seed={seed}", "training.tensorboard=false", "training.preview_every=0")
+        return Recipe.load(path, [*self.changes, *common])
+
+
+RUNS: dict[str, Run] = {
+    "guided": Run(
+        "digits_guided",
+        students=(("4-step", DEFAULT), ("2-step", DEFAULT), (".", DEFAULT)),
+        bars="guided",
+    ),
+    "stochastic": Run(
+        "digits_guided",
+        ("name=digits-stochastic", "guided.sampler=stochastic", "guided.steps=[4]"),
+    ),
+    "small": Run("digits_small"),
 }
 COLUMNS = (
     "student", "seed", "evaluations", "parameters", "Frechet", "/ naive", "/ teacher", "error / naive",
-    "recall", "diversity", "memorised", "accuracy", "training s",
+    "recall", "diversity", "memorised", "accuracy", "CPU s",
 )  # fmt: skip
+STEPS = (5, 4, 3, 2, 1)
 
 
 def main() -> int:
     """Train, measure, write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("quality"))
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--json", action="store_true", help="print quality.json")
+    parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    # One thread: tiny networks gain little from a second one and lose much where cores are shared.
-    torch.set_num_threads(1)
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
     evaluator = Evaluator.open("digits")
-    baselines = naive_baselines(Teacher.open("digits"), evaluator, cache=options.output / "cache")
-    rows, problems = [], []
-    for name, (recipe, changes, folders, has_bars) in RUNS.items():
-        for seed in options.seeds:
-            root = options.output / f"{name}-{seed}"
-            seconds = train(recipe, [*changes, f"seed={seed}"], root)
-            for folder in folders:
-                item = measure(Student.open(root / folder), evaluator, baselines)
-                rows.append((seed, seconds, item))
-                missed = item.problems(GUIDED_BARS[item.nfe] if has_bars else None)
-                problems += [f"seed {seed}: {problem}" for problem in missed]
+    cache = options.output / "cache"
+    baselines = naive_baselines(Teacher.open("digits"), evaluator, Settings(steps=STEPS), cache)
+    jobs = [(name, seed) for name in options.only for seed in options.seeds]
+    if options.job:
+        ((name, seed),) = jobs
+        work(name, seed, options.output, evaluator, baselines)
+        return 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failed = [
+            error for error in pool.map(lambda job: launch(*job, options.output), jobs) if error
+        ]
+    lines = [line for job in jobs for line in held(*job, options.output)]
+    problems = [*failed, *(problem for line in lines for problem in line["problems"])]
     record = {
         "ok": not problems,
         "problems": problems,
@@ -68,10 +110,10 @@ def main() -> int:
         "versions": versions(),
         "floor": baselines.teacher.floor,
         "teacher": baselines.teacher.to_json(),
-        "students": [{"seed": s, "seconds": t, **item.to_json()} for s, t, item in rows],
+        "students": lines,
     }
     write_json(options.output / "quality.json", record)
-    text = table(rows, baselines)
+    text = table(lines, baselines)
     write_bytes(options.output / "quality.md", text.encode())
     print(json.dumps(record, indent=1) if options.json else text)
     for problem in problems:
@@ -79,47 +121,89 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def train(recipe: str, changes: list[str], root: Path) -> float:
-    """Train one recipe into `root`, unless it is there; return the seconds that it took."""
-    path = Path(__file__).parent / f"{recipe}.yaml"
-    settings = Recipe.load(path, [*changes, "training.tensorboard=false"])
-    start = time.perf_counter()
-    distill(settings, root, resume=True)
+def result(name: str, seed: int, output: Path) -> Path:
+    """Return where the numbers of one training are kept."""
+    return output / f"{name}-{seed}.json"
+
+
+def held(name: str, seed: int, output: Path) -> list[dict[str, Any]]:
+    """Return what was measured of one training with the present settings, if it was."""
+    path = result(name, seed, output)
+    found = read_json(path) if path.exists() else {}
+    fits = found.get("recipe") == RUNS[name].load(seed).fingerprint
+    return found["students"] if fits else []
+
+
+def launch(name: str, seed: int, output: Path) -> str | None:
+    """Run one training in a process of its own; return what went wrong."""
+    if held(name, seed, output):
+        return None
+    words = [sys.executable, __file__, "--job", "--only", name, "--seeds", str(seed), "-o", output]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begun = time.perf_counter()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    print(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    if done.returncode:
+        return f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}"
+    return None
+
+
+def work(name: str, seed: int, output: Path, evaluator: Evaluator, baselines: Baselines) -> None:
+    """Train and measure one run, and keep the numbers."""
+    run = RUNS[name]
+    recipe = run.load(seed)
+    root = output / f"{name}-{seed}"
+    begun = time.process_time()
+    distill(recipe, root, resume=True, overwrite=True, quiet=True)
     clock = root / "seconds.json"
     if not clock.exists():
-        write_json(clock, round(time.perf_counter() - start, 1))
-    return float(json.loads(clock.read_text()))
+        write_json(clock, round(time.process_time() - begun, 1))
+    lines = []
+    for folder, sampler in run.students:
+        student = Student.open(root / folder)
+        item = measure(student, evaluator, baselines, sampler)
+        bar = BARS[run.bars].get(item.nfe) if run.bars else None
+        problems = [f"seed {seed}: {problem}" for problem in item.problems(bar)]
+        line = {"seed": seed, "seconds": json.loads(clock.read_text()), "problems": problems}
+        lines.append({**line, **item.to_json()})
+    write_json(result(name, seed, output), {"recipe": recipe.fingerprint, "students": lines})
 
 
-def table(rows: list[tuple[int, float, StudentQuality]], baselines: Baselines) -> str:
+def table(lines: Sequence[dict[str, Any]], baselines: Baselines) -> str:
     """Return the table as Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    rows = [*baseline_rows(baselines), *map(student_row, lines)]
+    text = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    text += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(text) + "\n"
+
+
+def baseline_rows(baselines: Baselines) -> Iterator[list[str]]:
+    """Yield the cells of the teachers."""
     teacher = baselines.teacher
     count = 2 * baselines.settings.reference_steps
-    first = ["guided teacher", "", str(count), "", f"{teacher.frechet:.3f}", "", "1.000", ""]
-    first += [
-        f"{v:.3f}"
-        for v in (teacher.recall, teacher.diversity, teacher.memorisation, teacher.accuracy)
-    ]
-    lines.append("| " + " | ".join([*first, ""]) + " |")
+    values = (teacher.recall, teacher.diversity, teacher.memorisation, teacher.accuracy)
+    cells = ["guided teacher", "", str(count), "", f"{teacher.frechet:.3f}", "", "1.000", ""]
+    yield [*cells, *map(number, values), ""]
     for steps, naive in baselines.naive.items():
-        report, ratio = naive.report, naive.report.frechet / teacher.frechet
-        plural = "s" * (steps > 1)
-        name = f"naive teacher, {steps} step{plural}, g={1 + naive.w:g}, {naive.spacing}"
-        calls = str(steps * (2 if naive.w else 1))
-        values = [report.frechet, 1.0, ratio, 1.0, report.recall, report.diversity]
-        values += [report.memorisation, report.accuracy]
-        lines.append(
-            "| " + " | ".join([name, "", calls, "", *(f"{v:.3f}" for v in values), ""]) + " |"
-        )
-    for seed, seconds, item in rows:
-        report = item.report
-        values = [report.frechet, item.to_naive, item.to_teacher, item.mse_to_naive, report.recall]
-        values += [report.diversity, report.memorisation, report.accuracy]
-        cells = [item.name, str(seed), str(item.nfe), f"{item.parameters:,}"]
-        cells += ["" if v is None else f"{v:.3f}" for v in values]
-        lines.append("| " + " | ".join([*cells, f"{seconds:.0f}"]) + " |")
-    return "\n".join(lines) + "\n"
+        report = naive.report
+        name = f"naive teacher, {steps} step{'s' * (steps > 1)}, g={1 + naive.w:g}, {naive.spacing}"
+        values = (report.frechet, 1.0, report.frechet / teacher.frechet, 1.0)
+        values += (report.recall, report.diversity, report.memorisation, report.accuracy)
+        yield [name, "", str(steps * (2 if naive.w else 1)), "", *map(number, values), ""]
+
+
+def student_row(line: dict[str, Any]) -> list[str]:
+    """Return the cells of a student."""
+    report = line["report"]
+    values = [report["frechet"], line["to_naive"], line["to_teacher"], line["mse_to_naive"]]
+    values += [report[name] for name in ("recall", "diversity", "memorisation", "accuracy")]
+    cells = [line["name"], str(line["seed"]), f"{line['nfe']:g}", f"{line['parameters']:,}"]
+    return [*cells, *map(number, values), f"{line['seconds']:.0f}"]
+
+
+def number(value: float | None) -> str:
+    """Return a number for people, or nothing."""
+    return "" if value is None else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from edgedistill.bundle import Bundle
 from edgedistill.cli import main
-from edgedistill.evaluation.students import GUIDED_BARS
+from edgedistill.evaluation.students import BARS
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +42,7 @@ def test_every_student_clears_its_bar_and_every_artifact_its_floor(demo: Path) -
     report = json.loads((demo / "report.json").read_text())
     assert (report["ok"], report["problems"]) == (True, [])
     full = {item["nfe"]: item for item in report["students"] if "small" not in item["name"]}
-    for nfe, bar in GUIDED_BARS.items():
+    for nfe, bar in BARS["guided"].items():
         assert full[nfe]["to_naive"] <= bar.to_naive
         assert full[nfe]["to_teacher"] <= bar.to_teacher
         assert full[nfe]["mse_to_naive"] <= bar.mse_to_naive
