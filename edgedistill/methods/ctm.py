@@ -20,19 +20,17 @@ loss: data would draw the short jumps away from the guided trajectories.
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
+from edgedistill.methods.jumps import END, GridSettings, gamma_rows, jump
 from edgedistill.methods.losses import (
     Adversarial,
     Distance,
@@ -56,15 +54,14 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.methods.states import noised_data
-from edgedistill.methods.targets import Predict, Solver, cfg_combine, ddim_step, solver_step
+from edgedistill.methods.targets import Predict, Solver, cfg_combine, solver_step
 from edgedistill.models.critic import Critic
-from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.discriminator import Head
-from edgedistill.rows import ddim_row, jump_and_noise_row, jump_label
+from edgedistill.models.store import config_of
+from edgedistill.models.unet import residual_shapes
 from edgedistill.schedule import Schedule
-from edgedistill.table import Guidance, Row, SamplerTable
+from edgedistill.table import Guidance, SamplerTable
 
-END = 0
 DENOISING_BOUNDS, ADVERSARIAL_BOUNDS = (0.0, 1e4), (0.01, 10.0)
 
 
@@ -121,14 +118,12 @@ class CtmSettings:
 
     Fields:
         guidance_scale: g of the teacher's trajectories, which the student makes its own; 1: none.
-        grid: Where jumps begin and end: ``polynomial`` (Karras' time stamps) or ``trailing`` (even in
-            labels). Samplers use the same kind.
-        points: Of the training grid, both ends counted.
-        rho, sigma_max: Of the polynomial grid, in sigma/alpha; None: from the noisiest label.
+        grid: Where jumps begin and end, in training and in the samplers.
         solver: Of the teacher's ODE (see `solver_step`).
         most_steps: Largest number h of its steps between t and u.
         steps_drawn: Chance of h: ``weighted`` is in proportion to h, ``uniform`` is equal, ``global``
             goes all the way to s, the target of other distillations.
+        to_end: Share of the other jumps that are made to end at the data; without them few do.
         self_learn: Let the moving average's g(z, t, t) take the teacher's place.
         distance: Between the two images of the consistency loss.
         average: Rate of the moving average, which is also what is exported.
@@ -140,13 +135,11 @@ class CtmSettings:
     """
 
     guidance_scale: float = 1.0
-    grid: Literal["polynomial", "trailing"] = "polynomial"
-    points: int = 18
-    rho: float = 7.0
-    sigma_max: float | None = None
+    grid: GridSettings = field(default_factory=GridSettings)
     solver: Solver = "heun"
     most_steps: int = 17
     steps_drawn: Literal["weighted", "uniform", "global"] = "weighted"
+    to_end: float = 0.0
     self_learn: bool = False
     distance: Distance = "l2"
     average: float = 0.999
@@ -159,8 +152,8 @@ class CtmSettings:
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.most_steps < self.points:
-            msg = f"`most_steps` must lie in [1, {self.points - 1}], below `points`, got {self.most_steps}."
+        if not 1 <= self.most_steps < self.grid.points:
+            msg = f"`most_steps` must lie in [1, {self.grid.points - 1}], below `grid.points`, got {self.most_steps}."
             raise ConfigError(msg)
         if not self.steps or min(self.steps) < 1 or len({*self.steps}) < len(self.steps):
             msg = f"`steps` must be different numbers of at least 1, got {list(self.steps)}."
@@ -185,11 +178,15 @@ def plan(settings: CtmSettings, context: Context, perceptual: nn.Module | None =
             VGG with its resizing; None: pixels.
 
     Raises:
-        ConfigError: If the schedule is too coarse for a grid, or guidance has no null condition.
+        ConfigError: If the schedule is too coarse for a grid, there is guidance without a null condition,
+            the student would predict epsilon where the first state has next to nothing of x, or a
+            critic of the teacher's features finds none.
     """
-    if settings.guidance_scale != 1:
+    if settings.w:
         context.require_null()
+    points = torch.tensor(settings.grid.labels(context.schedule))
     student = context.student("s")
+    student.require_x0(int(points[0]))
     follow = Follow("student", settings.average, warmed=False)
     roles = [
         Role("teacher", context.teacher),
@@ -198,20 +195,12 @@ def plan(settings: CtmSettings, context: Context, perceptual: nn.Module | None =
     ]
     if perceptual is not None:
         roles.append(Role("perceptual", perceptual))
-    points = torch.tensor(grid(settings, context.schedule, settings.points))
     objective = _Objective(settings, context, points)
     phases = [_phase("consistency", settings.consistency, objective)]
     if (against := settings.adversarial) is not None:
         roles.append(Role("critic", _critic(against, context), trained=True))
         phases.append(_phase("adversarial", against, objective, against))
     return Plan(tuple(roles), tuple(phases))
-
-
-def jump(
-    denoiser: Denoiser, z: Tensor, t: Tensor, s: Tensor, conditions: Mapping[str, Tensor]
-) -> Tensor:
-    """Return G(z, t, s); z itself, bit for bit, where s equals t."""
-    return ddim_step(denoiser, z, denoiser.x0(z, t, {**conditions, "s": s}), t, s)
 
 
 class Times(NamedTuple):
@@ -224,7 +213,7 @@ class Times(NamedTuple):
 
 def draw_times(settings: CtmSettings, draw: Draw) -> Times:
     """Draw the places t <= u <= s; the number of steps from t to u is one for the batch."""
-    most, last = settings.most_steps, settings.points - 1
+    most, last = settings.most_steps, settings.grid.points - 1
     if settings.steps_drawn == "uniform":
         steps = draw.shared_integer(1, most + 1)
     else:
@@ -234,8 +223,9 @@ def draw_times(settings: CtmSettings, draw: Draw) -> Times:
     t = draw.integers(0, last - steps + 1)
     u = t + steps
     further = (draw.uniform(0, 1) * (last + 1 - u)).long()
-    s = u if settings.steps_drawn == "global" else torch.minimum(u + further, u.new_tensor(last))
-    return Times(t, s, steps)
+    s = torch.minimum(u + further, torch.full_like(u, last))
+    s = torch.where(draw.uniform(0, 1) < settings.to_end, last, s)
+    return Times(t, u if settings.steps_drawn == "global" else s, steps)
 
 
 def image_of(step: Step, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -265,16 +255,17 @@ def target_of(settings: CtmSettings, points: Tensor, times: Times, step: Step, z
 
 def _predict(settings: CtmSettings, step: Step) -> Predict:
     """Return x0 of (state, label), as the ODE that is learnt has it."""
-    teacher, average = step.roles["teacher"], step.roles["average"]
-    conditions, null, w = step.batch.conditions, step.batch.null, settings.w
+    teacher, average, w = step.roles["teacher"], step.roles["average"], settings.w
+    conditions = step.batch.conditions
+    both = {k: torch.cat([v, step.batch.null.get(k, v)]) for k, v in conditions.items()}
 
     def predict(z: Tensor, t: Tensor) -> Tensor:
         if settings.self_learn:
             return average.x0(z, t, {**conditions, "s": t})
-        x0 = teacher.x0(z, t, conditions)
         if not w:
-            return x0
-        return cfg_combine(x0, teacher.x0(z, t, null), torch.full_like(x0[:, 0, 0, 0], w))
+            return teacher.x0(z, t, conditions)
+        x0, null = teacher.x0(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        return cfg_combine(x0, null, torch.full_like(z[:, 0, 0, 0], w))
 
     return predict
 
@@ -282,11 +273,8 @@ def _predict(settings: CtmSettings, step: Step) -> Predict:
 def denoising_levels(settings: CtmSettings, schedule: Schedule, draw: Draw) -> Tensor:
     """Draw the noise levels sigma/alpha (batch,) of the denoising loss."""
     own = settings.denoising
-    high, low = _ends(settings, schedule)
-    root = 1 / settings.rho
     normal = (own.mean + own.deviation * draw.normal()).exp()
-    place = draw.uniform(0, own.high)
-    spread = (high**root + place * (low**root - high**root)) ** settings.rho
+    spread = settings.grid.level(schedule, draw.uniform(0, own.high))
     return torch.where(draw.uniform(0, 1) < own.share, normal, spread)
 
 
@@ -357,53 +345,22 @@ class _Objective:
 
 def _critic(settings: AdversarialSettings, context: Context) -> nn.Module:
     if settings.critic == "teacher":
-        return Head(context.teacher.middle_shape, context.seed)
+        _ = context.teacher.middle
+        return Head(residual_shapes(config_of(context.teacher.network))[-1], context.seed)
     sizes = [item.size for item in context.conditions if item.kind == "class"]
     channels, *size = context.shape
     classes = sizes[0] if sizes else None
     return Critic(channels, min(size), classes, width=settings.width, seed=context.seed)
 
 
-def _ends(settings: CtmSettings, schedule: Schedule) -> tuple[float, float]:
-    """Return the highest and the lowest noise level of the grids."""
-    levels = schedule.levels[np.isfinite(schedule.levels)]
-    return settings.sigma_max or float(levels[-1]), float(levels[0])
-
-
-def grid(settings: CtmSettings, schedule: Schedule, count: int) -> tuple[int, ...]:
-    """Return `count` falling labels, from noise to the end, label 0.
-
-    Raises:
-        ConfigError: If the schedule is too coarse for them.
-    """
-    if settings.grid == "polynomial":
-        return schedule.polynomial(count, settings.rho, settings.sigma_max)
-    return (*schedule.timesteps(count - 1, "trailing"), END)
-
-
 def table(settings: CtmSettings, context: Context, steps: int, gamma: float = 0.0) -> SamplerTable:
-    """Return the table of gamma-sampling: jumps, each followed by noise back up to the next time.
-
-    Args:
-        settings, context: As `plan`.
-        steps: Jumps.
-        gamma: 0 is deterministic; 1 jumps to the end every time, as consistency models do.
-    """
-    schedule, kind = context.schedule, context.kind
-    labels = grid(settings, schedule, steps + 1)
-    rows: list[Row] = []
-    for t, s in itertools.pairwise(labels):
-        k = jump_label(schedule, s, gamma)
-        row = (
-            jump_and_noise_row(schedule, t, k, s, kind, len(rows) + 1, target_feed="s")
-            if k < s
-            else ddim_row(schedule, t, s, kind, target_feed="s")
-        )
-        rows.append(row)
+    """Return the sampler of some jumps (see `gamma_rows`)."""
+    labels = settings.grid.labels(context.schedule, steps + 1)
+    rows = gamma_rows(context.schedule, labels, context.kind, gamma)
     scale = settings.guidance_scale
     guidance = Guidance("baked", None, scale, (scale, scale)) if settings.w else Guidance()
     count = 1 + sum(row.noise is not None for row in rows)
-    return context.table(tuple(rows), noise_count=count, guidance=guidance, gamma=gamma)
+    return context.table(rows, noise_count=count, guidance=guidance, gamma=gamma)
 
 
 def _phase(
