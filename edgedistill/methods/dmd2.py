@@ -32,6 +32,7 @@ from edgedistill.methods.plan import (
     Role,
     Step,
     Stretch,
+    Subset,
     Update,
 )
 from edgedistill.methods.states import noised_data
@@ -136,15 +137,18 @@ class Distillation:
     Args:
         settings: Of the method.
         context: What the recipe puts it into.
+        paired: Which of the pairs are trained on, by their conditions; None: all.
     """
 
-    def __init__(self, settings: DMD2Settings, context: Context) -> None:
+    def __init__(
+        self, settings: DMD2Settings, context: Context, paired: Subset | None = None
+    ) -> None:
         if settings.guidance_scale != 1:
             context.require_null()
         self.settings = settings
         self.context = context
         self.table = student_table(settings, context)
-        self.pairs = Pairs(settings.pairs, settings.guidance_scale, context)
+        self.pairs = Pairs(settings.pairs, settings.guidance_scale, context, paired)
 
     def student(self) -> Denoiser:
         """Return a fresh student."""
@@ -271,8 +275,7 @@ class Distillation:
 
     def _regression(self, step: Step, student: str) -> Tensor:
         """Compare the student's first evaluation with the teacher's samples of the same noise."""
-        chosen = step.draw.integers(0, len(self.pairs))
-        noise, batch = self.pairs(step.roles["teacher"], chosen)
+        noise, batch = self.pairs.sample(step.roles["teacher"], step.draw)
         made = evaluate(self.table, step.roles[student], [noise], batch)
         return (made - batch.x).square().mean()
 

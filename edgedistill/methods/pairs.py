@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
-from edgedistill.methods.plan import Batch
+from edgedistill.methods.plan import Batch, Draw, Subset
 from edgedistill.methods.states import trajectory
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.rows import ddim_row
@@ -46,38 +46,58 @@ class Pairs:
         settings: How many, and of how many steps.
         guidance_scale: g of the teacher; 1: none.
         context: Gives teacher, data and seed.
+        kept: Which of them are there, by their conditions; None: all.
     """
 
-    def __init__(self, settings: PairSettings, guidance_scale: float, context: Context) -> None:
+    def __init__(
+        self,
+        settings: PairSettings,
+        guidance_scale: float,
+        context: Context,
+        kept: Subset | None = None,
+    ) -> None:
         self._settings = settings
         self._context = context
+        self._kept = kept
         self._table = _teacher_table(settings.steps, guidance_scale, context)
         self._made: tuple[Tensor, Batch] | None = None
 
-    def __call__(self, teacher: Denoiser, index: Tensor) -> tuple[Tensor, Batch]:
-        """Return the noises (batch, channels, height, width) of the pairs at `index` (batch,), and a batch of samples."""
+    def sample(self, teacher: Denoiser, draw: Draw) -> tuple[Tensor, Batch]:
+        """Return the noises (batch, channels, height, width) of pairs chosen by chance, and the samples as a batch."""
+        place = draw.uniform(0.0, 1.0)
         if self._made is None:
-            self._made = self._make(teacher, index.device)
+            self._made = self._make(teacher, place.device)
         noise, samples = self._made
+        index = (place * len(noise)).long().clamp(max=len(noise) - 1)
         return noise[index], _part(samples, index)
 
     def _make(self, teacher: Denoiser, device: torch.device) -> tuple[Tensor, Batch]:
-        count, context = self._settings.count, self._context
-        if context.samples is None:
-            msg = "Pairs need data to take their conditions from, and there is none."
-            raise ConfigError(msg)
-        generator = torch.Generator().manual_seed(context.seed)
-        noise = torch.randn(count, *context.shape, generator=generator).to(device)
-        asked = _part(context.samples.first(count), slice(None), device)
-        parts = [slice(start, start + _BATCH) for start in range(0, count, _BATCH)]
+        noise, asked = self._asked()
+        noise, asked = noise.to(device), _part(asked, slice(None), device)
+        parts = [slice(start, start + _BATCH) for start in range(0, len(noise), _BATCH)]
         made = [
             trajectory(teacher, self._table, noise[part], _part(asked, part))[-1]
             for part in tqdm(parts, desc="pairs", leave=False, disable=None)
         ]
         return noise, replace(asked, x=torch.cat(made))
 
-    def __len__(self) -> int:
-        return self._settings.count
+    def _asked(self) -> tuple[Tensor, Batch]:
+        """Return the noises, and the data whose conditions go with them."""
+        count, context = self._settings.count, self._context
+        if context.samples is None:
+            msg = "Pairs need data to take their conditions from, and there is none."
+            raise ConfigError(msg)
+        generator = torch.Generator().manual_seed(context.seed)
+        noise = torch.randn(count, *context.shape, generator=generator)
+        asked = context.samples.first(count)
+        if self._kept is None:
+            return noise, asked
+        conditions = {name: value.numpy() for name, value in asked.conditions.items()}
+        index = torch.from_numpy(self._kept(conditions)).nonzero()[:, 0]
+        if not len(index):
+            msg = f"None of {count} pairs belongs to a student; make more of them."
+            raise ConfigError(msg)
+        return noise[index], _part(asked, index)
 
 
 def _teacher_table(steps: int, guidance_scale: float, context: Context) -> SamplerTable:

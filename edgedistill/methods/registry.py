@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgedistill.methods import codi, ctm, dmd2, guide, guided, lowdiff, sfd
+from edgedistill.methods import codi, ctm, dmd2, guide, guided, lowdiff, msd, sfd
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Plan
 
@@ -29,5 +29,6 @@ METHODS: Mapping[str, Method] = {
     "guide": Method(guide.GuideSettings, guide.plan),
     "guided": Method(guided.GuidedSettings, guided.plan),
     "lowdiff": Method(lowdiff.LowdiffSettings, lowdiff.plan),
+    "msd": Method(msd.MSDSettings, msd.plan),
     "sfd": Method(sfd.SfdSettings, sfd.plan),
 }

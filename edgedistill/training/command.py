@@ -1,4 +1,4 @@
-"""The command `edgedistill distill`."""
+"""The commands `edgedistill distill` and `edgedistill join`."""
 
 import argparse
 import json
@@ -20,6 +20,14 @@ examples:
 
 STUDENT holds the networks as diffusers writes them, the sampler table (sampler.json), the losses,
 TensorBoard events and sample grids (training/). Next: edgedistill export all -m STUDENT BUNDLE"""
+
+JOIN_EPILOG = """\
+examples:
+  edgedistill distill examples/digits_msd.yaml -o part-0 --set msd.only=0     # on one machine
+  edgedistill distill examples/digits_msd.yaml -o part-1 --set msd.only=1     # on another
+  edgedistill join part-0 part-1 -o student
+
+STUDENT holds what one run of all the students writes. Next: edgedistill export all -m STUDENT BUNDLE"""
 
 
 def register(subparsers: Any) -> None:
@@ -102,5 +110,37 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result, indent=1))
     else:
         print(f"{student.root}: {student.name}, {student.table.nfe} evaluation(s) per sample")
+        print(f"next: edgedistill export all -m {student.root} BUNDLE")
+    return 0
+
+
+def register_join(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = add_command(
+        subparsers,
+        "join",
+        "put students that were trained one by one together",
+        "Put the students of one router, each trained by a run of its own, into one student folder.",
+        JOIN_EPILOG,
+    )
+    parser.add_argument(
+        "parts", type=Path, metavar="PART", nargs="+", help="student folders of one recipe"
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, help="student folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_json(parser)
+    parser.set_defaults(run=run_join)
+
+
+def run_join(options: argparse.Namespace) -> int:
+    """Carry out the command."""
+    from edgedistill.training.join import join
+
+    student = join(options.parts, options.output, overwrite=options.overwrite)
+    names = sorted(student.signatures)
+    if options.json:
+        print(json.dumps({"student": str(student.root), "networks": names}, indent=1))
+    else:
+        print(f"{student.root}: {', '.join(names)}")
         print(f"next: edgedistill export all -m {student.root} BUNDLE")
     return 0
