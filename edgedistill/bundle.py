@@ -111,7 +111,7 @@ class Bundle:
     @property
     def samplers(self) -> Tables:
         """All tables by name, the default first."""
-        return {DEFAULT: self.table, **self.further}
+        return {DEFAULT: self.table, **dict(sorted(self.further.items()))}
 
     @classmethod
     def open(cls, root: Path | str) -> "Bundle":

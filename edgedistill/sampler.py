@@ -1,5 +1,6 @@
 """The one loop that runs a sampler table; it knows no method and works on any arrays."""
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,7 @@ def _encoded(
 
 def _routed(
     router: Router, networks: Mapping[str, Network], given: Mapping[str, Array]
-) -> dict[str, Network]:
+) -> Mapping[str, Network]:
     """Add the routed network: it cuts a batch up by student, calls each once, and puts it together again."""
     students = route(router, given)
     parts = {int(k): np.flatnonzero(students == k).tolist() for k in np.unique(students)}
@@ -237,7 +238,8 @@ def _routed(
                 whole.setdefault(name, made[[0] * len(students)])[index] = made
         return whole
 
-    return {**networks, router.network: call}
+    # A lookup opens a network, so `networks` is not copied. A ChainMap writes to its first map alone.
+    return ChainMap({router.network: call}, networks)  # type: ignore[arg-type]
 
 
 def _as(raw: Array, z: Array) -> Array:

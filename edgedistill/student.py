@@ -55,7 +55,7 @@ class Student:
     @property
     def samplers(self) -> Tables:
         """All tables by name, the default first."""
-        return {DEFAULT: self.table, **self.further}
+        return {DEFAULT: self.table, **dict(sorted(self.further.items()))}
 
     @property
     def tokenize(self) -> Tokenize | None:
