@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
 from edgedistill import __version__
 from edgedistill.errors import ConfigError
@@ -22,14 +22,17 @@ from edgedistill.models.run import sample_torch
 from edgedistill.probes import save_probes
 from edgedistill.student import EXAMPLES, MANIFEST, Student
 from edgedistill.table import SamplerTable
+from edgedistill.teacher import Teacher
 from edgedistill.training.checkpoint import CheckpointFolder
-from edgedistill.training.logs import RunLog, Unwatched
+from edgedistill.training.logs import Preview, RunLog, Unwatched
 from edgedistill.training.loop import Networks, State, Trainer, Watcher
 from edgedistill.training.prepare import Prepared, prepare, student_scheduler
 from edgedistill.training.recipe import Recipe
 
 LOGGER = logging.getLogger(__name__)
 PREVIEWS = 20
+# Ways of accelerate to cut networks up.
+_CUTTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 def distill(
@@ -64,14 +67,17 @@ def distill(
             msg = f"{output}: exists and was not made with these settings; choose another folder or add --overwrite."
             raise ConfigError(msg)
     prepared = prepare(recipe)
-    accelerator = start(prepared)
+    accelerator, teacher = start(prepared), prepared.teacher
     partial = output.with_name(output.name + ".partial")
     if accelerator.is_main_process:
         _make_room(partial, recipe, resume=resume)
     accelerator.wait_for_everyone()
     watcher = (
         RunLog(
-            partial / "training", _previewer, tensorboard=recipe.training.tensorboard, quiet=quiet
+            partial / "training",
+            _previewer(teacher),
+            tensorboard=recipe.training.tensorboard,
+            quiet=quiet,
         )
         if accelerator.is_main_process
         else Unwatched()
@@ -84,14 +90,27 @@ def distill(
 
 
 def start(prepared: Prepared) -> Accelerator:
-    """Return the accelerator of a run: device and processes as `accelerate launch` gives them."""
+    """Return the accelerator of a run: device and processes as `accelerate launch` gives them.
+
+    Raises:
+        ConfigError: If accelerate is configured to cut networks up among processes.
+    """
     settings = prepared.recipe.training
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
     # A loss that leaks into another role goes through a part of it, such as a critic's features.
     updates = [update for phase in prepared.plan.phases for update in phase.updates]
     partly = any(update.zero_also for update in updates)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=partly)
-    return Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
+    if accelerator.distributed_type in _CUTTING:
+        msg = (
+            f"accelerate is configured for {accelerator.distributed_type.value}, whose pieces of networks cannot be "
+            "averaged, copied between roles and saved here; configure it for MULTI_GPU, and save memory with "
+            "training.gradient_checkpointing, training.mixed_precision=bf16, training.gradient_accumulation, or lora."
+        )
+        raise ConfigError(msg)
+    return accelerator
 
 
 def _make_room(partial: Path, recipe: Recipe, *, resume: bool) -> None:
@@ -156,6 +175,9 @@ def _write_student(
                 network.load_state_dict(merged(trained, state) if has_updates(trained) else state)
                 store.save(network, aside / name)
                 parameters[name] = sum(value.numel() for value in network.parameters())
+        signatures |= prepared.teacher.save_text_parts(aside)
+        if prepared.teacher.vae is not None:
+            store.save(prepared.teacher.vae, aside / "vae")
         scheduler = student_scheduler(prepared.recipe, prepared.teacher)
         write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
         if emission.examples:
@@ -199,5 +221,11 @@ def _shareable(recipe: Recipe) -> dict[str, Any]:
     return {**recipe.to_json(), **names, "cache": None}
 
 
-def _previewer(networks: Networks, table: SamplerTable) -> np.ndarray:
-    return sample_torch(networks, table, PREVIEWS)
+def _previewer(teacher: Teacher) -> Preview:
+    tokenize = None if teacher.tokenizer is None else teacher.tokenizer.encode
+
+    def draw(networks: Networks, table: SamplerTable) -> np.ndarray:
+        modules = {**teacher.modules, **networks}
+        return teacher.decode(sample_torch(modules, table, PREVIEWS, tokenize=tokenize)).clip(-1, 1)
+
+    return draw
