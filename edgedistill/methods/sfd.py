@@ -132,7 +132,7 @@ class SfdSettings:
 
 
 @dataclass(frozen=True)
-class Path:
+class Course:
     """A student's sampler and its teacher's, which passes through the same stamps.
 
     Fields:
@@ -146,9 +146,9 @@ class Path:
 
 
 class Carried(NamedTuple):
-    """What goes on from row to row: the path, the student's state, and the teacher's at every stamp."""
+    """What goes on from row to row: the course, the student's state, and the teacher's at every stamp."""
 
-    path: Path
+    course: Course
     z: Tensor
     targets: Sequence[Tensor]
 
@@ -165,20 +165,20 @@ def plan(settings: SfdSettings, context: Context) -> Plan:
     _check_start(settings, context.schedule)
     student = context.student(*settings.told)
     roles = [Role("teacher", context.teacher), Role("student", student, trained=True)]
-    paths = [_main_path(settings, context, count) for count in settings.stamps]
-    phases = [_phase("main", settings.main, trajectory_loss(paths, "teacher"), paths)]
+    courses = [_main_course(settings, context, count) for count in settings.stamps]
+    phases = [_phase("main", settings.main, trajectory_loss(courses, "teacher"), courses)]
     if settings.second is not None:
         roles.append(Role("first", copy.deepcopy(student)))
-        path = _second_path(settings, settings.second, context)
-        loss = trajectory_loss([path], "first", settings.second.features)
+        course = _second_course(settings, settings.second, context)
+        loss = trajectory_loss([course], "first", settings.second.features)
         copies = (("student", "first"),)
-        phases.append(_phase("second", settings.second, loss, [path], copies))
+        phases.append(_phase("second", settings.second, loss, [course], copies))
     return Plan(tuple(roles), tuple(phases))
 
 
 def _check_start(settings: SfdSettings, schedule: Schedule) -> None:
     """Refuse a first stamp whose state has not the scale of the first noise."""
-    alpha, sigma = schedule.alpha_sigma(stamps(settings, schedule, 3)[0])
+    alpha, sigma = schedule.alpha_sigma(time_stamps(settings, schedule, 3)[0])
     found, wanted = math.hypot(alpha, sigma), schedule.first_scale
     if abs(found - wanted) > START_TOLERANCE * wanted:
         msg = (
@@ -192,14 +192,15 @@ def _phase(
     name: str,
     part: Stretch,
     loss: LossFunction,
-    paths: Sequence[Path],
+    courses: Sequence[Course],
     copies: tuple[tuple[str, str], ...] = (),
 ) -> Phase:
-    tables = {_sampler_name(path.student): path.student for path in paths}
+    tables = {_sampler_name(course.student): course.student for course in courses}
     default, *further = tables
-    name_of_all = default if not further else "variable"
     student = Emission(
-        name_of_all, tables[default], samplers={other: tables[other] for other in further}
+        "variable" if further else default,
+        tables[default],
+        samplers={other: tables[other] for other in further},
     )
     unroll = max(len(table.rows) for table in tables.values())
     update = Update("student", ("student",), loss, part.optimizer, unroll=unroll)
@@ -210,7 +211,7 @@ def _sampler_name(table: SamplerTable) -> str:
     return f"{table.nfe}-evaluation{'s' if table.nfe > 1 else ''}"
 
 
-def stamps(settings: SfdSettings, schedule: Schedule, count: int) -> tuple[int, ...]:
+def time_stamps(settings: SfdSettings, schedule: Schedule, count: int) -> tuple[int, ...]:
     """Return the labels of `count` time stamps, falling; the last is where the sampler ends.
 
     Raises:
@@ -229,20 +230,20 @@ def stamps(settings: SfdSettings, schedule: Schedule, count: int) -> tuple[int, 
     return labels if settings.end == "sigma_min" else (*labels[:-1], END)
 
 
-def _main_path(settings: SfdSettings, context: Context, count: int) -> Path:
+def _main_course(settings: SfdSettings, context: Context, count: int) -> Course:
     each = settings.inserted + 1
-    labels = stamps(settings, context.schedule, each * (count - 1) + 1)
-    return Path(
+    labels = time_stamps(settings, context.schedule, each * (count - 1) + 1)
+    return Course(
         student_table(settings, context, labels[::each]),
         teacher_table(settings, context, labels),
         each,
     )
 
 
-def _second_path(settings: SfdSettings, second: SecondSettings, context: Context) -> Path:
+def _second_course(settings: SfdSettings, second: SecondSettings, context: Context) -> Course:
     each = second.inserted + 1
-    labels = stamps(settings, context.schedule, second.teacher_stamps)
-    return Path(
+    labels = time_stamps(settings, context.schedule, second.teacher_stamps)
+    return Course(
         student_table(settings, context, labels[::each]),
         student_table(settings, context, labels),
         each,
@@ -277,44 +278,44 @@ def student_table(settings: SfdSettings, context: Context, labels: Sequence[int]
     return context.table(tuple(rows), guidance=guidance)
 
 
-def trajectory_loss(paths: Sequence[Path], teacher: str, features: float = 0.0) -> LossFunction:
+def trajectory_loss(courses: Sequence[Course], teacher: str, features: float = 0.0) -> LossFunction:
     """Return the loss of one row: the L1 distance of the student's state to the teacher's.
 
-    At its first row an iteration chooses one of the paths and draws the noise; data gives only the
+    At its first row an iteration chooses one of the courses and draws the noise; data gives only the
     conditions. The state that goes on is the student's own, without its gradient, so that a row learns to
     correct the errors of those before (the paper's algorithm 1). An analytic row has no loss.
 
     Args:
-        paths: To choose from, one for each iteration.
+        courses: To choose from, one for each iteration.
         teacher: The role that runs the teacher's tables.
         features: Weight of the perceptual distance at the last row.
     """
 
     def loss(step: Step) -> Losses:
         student, conditions = step.roles["student"], step.batch.conditions
-        path, z, targets = step.carry or _begin(step, paths, step.roles[teacher])
-        row, target = path.student.rows[step.index], targets[step.index]
+        course, z, targets = step.carry or _begin(step, courses, step.roles[teacher])
+        row, target = course.student.rows[step.index], targets[step.index]
         called = {"unet": network_of(student)}
-        after = run_row(path.student, row, called, z, (), conditions).next
-        last = step.index + 1 == len(path.student.rows)
+        after = run_row(course.student, row, called, z, (), conditions).next
+        last = step.index + 1 == len(course.student.rows)
         terms = {}
         if row.call:
             terms[f"row {step.index}"] = (after - target).abs().sum() / len(z)
         if last and features:
             distance = feature_distance(step.roles["teacher"], after, target, conditions)
             terms["features"] = features * distance
-        return Losses(terms, Carried(path, after.detach(), targets), done=last)
+        return Losses(terms, Carried(course, after.detach(), targets), done=last)
 
     return loss
 
 
-def _begin(step: Step, paths: Sequence[Path], teacher: Denoiser) -> Carried:
-    path = paths[step.draw.shared_integer(0, len(paths))]
-    stage = path.student.stages[0]
+def _begin(step: Step, courses: Sequence[Course], teacher: Denoiser) -> Carried:
+    course = courses[step.draw.shared_integer(0, len(courses))]
+    stage = course.student.stages[0]
     noise = step.draw.normal(*stage.shape)
-    states = trajectory(teacher, path.teacher, noise, step.batch)
-    z, _ = enter_stage(path.student, stage, [noise], step.batch.conditions)
-    return Carried(path, z, states[path.each - 1 :: path.each])
+    states = trajectory(teacher, course.teacher, noise, step.batch)
+    z, _ = enter_stage(course.student, stage, [noise], step.batch.conditions)
+    return Carried(course, z, states[course.each - 1 :: course.each])
 
 
 def feature_distance(

@@ -16,12 +16,12 @@ from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
 from edgedistill.methods.plan import Batch, Losses, LossFunction, OptimizerSettings, Step
 from edgedistill.methods.sfd import (
-    Path,
+    Course,
     SecondSettings,
     SfdSettings,
     feature_distance,
     plan,
-    stamps,
+    time_stamps,
     trajectory_loss,
 )
 from edgedistill.methods.states import trajectory
@@ -115,10 +115,10 @@ def rows(loss: LossFunction, roles: dict[str, Any], *position: int) -> Iterator[
         index += 1
 
 
-def first_path(loss: LossFunction, roles: dict[str, Any]) -> Path:
-    """The path of the first iteration."""
-    path: Path = next(rows(loss, roles, 0)).carry.path
-    return path
+def first_course(loss: LossFunction, roles: dict[str, Any]) -> Course:
+    """The course of the first iteration."""
+    course: Course = next(rows(loss, roles, 0)).carry.course
+    return course
 
 
 def prepared(settings: SfdSettings, context: Context) -> tuple[LossFunction, dict[str, Any], Any]:
@@ -148,8 +148,8 @@ def test_the_students_stamps_are_some_of_the_teachers(
 ) -> None:
     schedule, settings = Schedule.from_config(config), SfdSettings(**change)
     for count in range(3, 8):
-        finer = stamps(settings, schedule, 4 * (count - 1) + 1)
-        assert finer[::4] == stamps(settings, schedule, count)
+        finer = time_stamps(settings, schedule, 4 * (count - 1) + 1)
+        assert finer[::4] == time_stamps(settings, schedule, count)
         assert (finer[-1] == -1) == bool(change)
 
 
@@ -158,14 +158,14 @@ def test_the_stamps_are_those_of_the_paper() -> None:
     wanted = {3: [80, 3.107, 0.006], 4: [80, 10.929, 0.6699, 0.006]}
     wanted[7] = [80, 31.73, 10.93, 3.107, 0.670, 0.0936, 0.006]
     for count, levels in wanted.items():
-        found = schedule.sigmas[list(stamps(SfdSettings(), schedule, count))]
+        found = schedule.sigmas[list(time_stamps(SfdSettings(), schedule, count))]
         np.testing.assert_allclose(found, levels, rtol=0.01)
 
 
 def test_a_schedule_that_reaches_less_far_gives_its_own_ends() -> None:
     latent = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
     latent |= {"beta_start": 0.00085, "beta_end": 0.012}
-    found = stamps(SfdSettings(), Schedule.from_config(latent), 4)
+    found = time_stamps(SfdSettings(), Schedule.from_config(latent), 4)
     assert (found[0], found[-1]) == (999, 0)
 
 
@@ -185,9 +185,9 @@ def test_a_higher_order_of_the_teachers_solver_comes_nearer_to_the_flow() -> Non
     errors = []
     for solver in ("ddim", "dpmpp2m", "dpmpp3m"):
         loss, roles, _ = prepared(SfdSettings(solver=solver, inserted=7), context)
-        path = first_path(loss, roles)
-        end = trajectory(context.teacher, path.teacher, noise, batch())[-1]
-        t, s = (context.schedule.sigmas[i] for i in (999, path.teacher.rows[-1].note["s"]))
+        course = first_course(loss, roles)
+        end = trajectory(context.teacher, course.teacher, noise, batch())[-1]
+        t, s = (context.schedule.sigmas[i] for i in (999, course.teacher.rows[-1].note["s"]))
         errors.append((end - exact(80 * noise, t, s)).abs().mean().item())
     assert errors[1] < errors[0] / 3
     assert errors[2] < errors[1] / 3
@@ -219,7 +219,7 @@ def test_the_analytic_row_is_that_of_a_network_whose_eps_is_the_state(
     config: dict[str, Any],
 ) -> None:
     schedule = Schedule.from_config(config)
-    t, s = stamps(SfdSettings(), schedule, 4)[:2]
+    t, s = time_stamps(SfdSettings(), schedule, 4)[:2]
     alpha, sigma = schedule.alpha_sigma(t)
     z = torch.randn(BATCH, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
 
@@ -307,10 +307,10 @@ def test_gradients_stay_in_the_student_and_inside_of_a_row() -> None:
 def test_the_loss_of_a_row_is_the_l1_distance_to_the_teachers_state_at_its_stamp() -> None:
     context = tiny_unet()
     loss, roles, _ = prepared(SfdSettings(guidance_scale=1.5), context)
-    path = first_path(loss, roles)
+    course = first_course(loss, roles)
     noise = draw(0, 0).normal(*SHAPE)
-    states = trajectory(context.teacher, path.teacher, noise, batch())
-    assert (len(states), path.teacher.nfe) == (12, 24)
+    states = trajectory(context.teacher, course.teacher, noise, batch())
+    assert (len(states), course.teacher.nfe) == (12, 24)
     for index, item in enumerate(rows(loss, roles, 0)):
         wanted = states[4 * (index + 1) - 1]
         distance = (item.carry.z - wanted).abs().flatten(1).sum(1).mean()
@@ -324,7 +324,7 @@ def test_an_iteration_keeps_to_one_number_of_stamps_and_all_of_them_come_up() ->
     seen = set()
     for iteration in range(30):
         made_rows = list(rows(loss, roles, iteration))
-        assert len({id(item.carry.path) for item in made_rows}) == 1
+        assert len({id(item.carry.course) for item in made_rows}) == 1
         seen.add(len(made_rows) + 1)
     assert seen == {4, 5, 6, 7}
 
@@ -334,15 +334,15 @@ def test_the_second_stage_follows_the_first_stages_student_along_its_own_rows() 
     _, roles, made = prepared(settings, tiny_unet())
     main, second = made.phases
     loss = second.updates[0].loss
-    path = first_path(loss, roles)
+    course = first_course(loss, roles)
     assert second.copies == (("student", "first"),)
-    assert path.teacher == main.emits.samplers["5-evaluations"]
+    assert course.teacher == main.emits.samplers["5-evaluations"]
     assert second.emits.table.nfe == 1
-    labels = [row.note["t"] for row in path.teacher.rows]
-    assert [row.note["t"] for row in path.student.rows] == labels[::3]
-    assert path.student.rows[-1].feeds["step"] == 3
+    labels = [row.note["t"] for row in course.teacher.rows]
+    assert [row.note["t"] for row in course.student.rows] == labels[::3]
+    assert course.student.rows[-1].feeds["step"] == 3
     *_, last = rows(loss, roles, 0)
-    states = trajectory(roles["first"], path.teacher, draw(0, 0).normal(*SHAPE), batch())
+    states = trajectory(roles["first"], course.teacher, draw(0, 0).normal(*SHAPE), batch())
     assert all(map(torch.equal, last.carry.targets, states[2::3]))
 
 
@@ -356,7 +356,7 @@ def test_the_perceptual_distance_is_zero_on_equal_images_and_moves_the_made_ones
     assert made.grad.abs().sum() > 0
     assert target.grad is None
     plain, roles, _ = prepared(PLAIN, tiny_unet())
-    loss = trajectory_loss([first_path(plain, roles)], "teacher", features=2.0)
+    loss = trajectory_loss([first_course(plain, roles)], "teacher", features=2.0)
     *others, last = rows(loss, roles, 0)
     assert [list(item.terms) for item in others] == [["row 0"], ["row 1"]]
     assert list(last.terms) == ["row 2", "features"]
