@@ -3,7 +3,8 @@
 Stage 1 (section 3.1) trains a student with the guidance weight w as an input to reproduce the guided
 teacher's two calls in one. Stage 2 (section 3.2) is progressive distillation (Salimans and Ho,
 arXiv:2202.00512) of that student with w kept as an input: the student of every phase makes one step where
-the one before made two.
+the one before made two. Both work from noise to data and, to encode, from data to noise, where the same
+target holds with rising times.
 
 Equations as restated by others and checked by their identities; the paper's own numbering could not be
 read, so sections are named and equation numbers are not.
@@ -13,7 +14,7 @@ every phase starts from the weights of the one before.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
+from edgedistill.methods.halving import Halving
 from edgedistill.methods.losses import Weighting, weighted_mse
 from edgedistill.methods.plan import (
     Emission,
@@ -39,11 +41,8 @@ from edgedistill.methods.states import noised_data
 from edgedistill.methods.targets import cfg_combine, progressive_target
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.prediction import PredictionType
-from edgedistill.rows import ddim_row, jump_and_noise_row
-from edgedistill.schedule import Schedule
-from edgedistill.table import Guidance, Row, SamplerTable
+from edgedistill.table import Guidance
 
-END = -1
 MIN_EPSILON_ALPHA = 0.02
 
 
@@ -60,7 +59,11 @@ class GuidedSettings:
 
     Fields:
         guidance_scale: Range of g = 1 + w that the student is trained for.
-        default_guidance_scale: What the sampler table uses when the caller does not choose.
+        default_guidance_scale: What the sampler table uses when the caller does not choose; None: 1.5, and 1
+            (no guidance, which hurts inversion) to encode; or the nearest in the range.
+        direction: ``decode``, from noise to data; ``encode``, from data to noise, for inversion, and for
+            style transfer by decoding under another condition.
+        encode_from: Label, a little above 0, that an image is taken to have where encoding begins.
         start_steps: Steps of the folded student that stage 2 halves first.
         steps: Numbers of sampler rows to write students for: `start_steps` itself (stage 1 alone) or
             halvings of it; for the stochastic sampler one even number, twice such a halving.
@@ -71,7 +74,9 @@ class GuidedSettings:
     """
 
     guidance_scale: tuple[float, float] = (1.0, 3.0)
-    default_guidance_scale: float = 1.5
+    default_guidance_scale: float | None = None
+    direction: Literal["decode", "encode"] = "decode"
+    encode_from: int = 10
     start_steps: int = 16
     steps: tuple[int, ...] = (4,)
     sampler: Literal["deterministic", "stochastic"] = "deterministic"
@@ -85,10 +90,10 @@ class GuidedSettings:
 
     def __post_init__(self) -> None:
         low, high = self.guidance_scale
-        if not 1.0 <= low <= self.default_guidance_scale <= high:
+        if not 1.0 <= low <= self.default_scale <= high:
             msg = (
                 "`guidance_scale` must be [low, high] with 1 <= low <= `default_guidance_scale` <= high, "
-                f"got {[low, high]} and {self.default_guidance_scale}."
+                f"got {[low, high]} and {self.default_scale}."
             )
             raise ConfigError(msg)
         halvings = {self.start_steps >> k for k in range(self.start_steps.bit_length())}
@@ -99,6 +104,17 @@ class GuidedSettings:
         if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] % 2):
             msg = f"The stochastic sampler trains one student of an even number of steps, got {list(self.steps)}."
             raise ConfigError(msg)
+        if self.sampler == "stochastic" and self.direction == "encode":
+            msg = "There is no stochastic sampler that encodes; set `sampler: deterministic`."
+            raise ConfigError(msg)
+
+    @property
+    def default_scale(self) -> float:
+        """`default_guidance_scale`, or what stands for it."""
+        if self.default_guidance_scale is not None:
+            return self.default_guidance_scale
+        low, high = self.guidance_scale
+        return min(max(low, 1.0 if self.direction == "encode" else 1.5), high)
 
     def jumps(self, rows: int) -> int:
         """Number of equal jumps from noise to data that the student of `rows` rows is trained for."""
@@ -133,7 +149,9 @@ def stages(
         networks: What every row calls, in order, with the role that holds it; None: the student as ``unet``.
         further: Other roles that are emitted.
     """
-    sketch = _Sketch(settings, context, networks or {"unet": "student"})
+    guidance = Guidance("embedded", "w", settings.default_scale, settings.guidance_scale)
+    encode_from = settings.encode_from if settings.direction == "encode" else None
+    halving = Halving(context, guidance, networks or {"unet": "student"}, encode_from)
     rows = {settings.jumps(count): count for count in settings.steps}
     counts = [settings.start_steps]
     while counts[-1] > min(rows):
@@ -147,7 +165,9 @@ def stages(
         follow = Follow("student", settings.ema)
         roles.append(Role("average", copy.deepcopy(student), follows=follow))
     roles += further
-    return Plan(tuple(roles), tuple(_phase(sketch, count, rows.get(count)) for count in counts))
+    return Plan(
+        tuple(roles), tuple(_phase(settings, halving, count, rows.get(count)) for count in counts)
+    )
 
 
 def _check_start(student: Denoiser) -> None:
@@ -161,23 +181,22 @@ def _check_start(student: Denoiser) -> None:
         raise ConfigError(msg)
 
 
-def _phase(sketch: "_Sketch", count: int, rows: int | None) -> Phase:
+def _phase(settings: GuidedSettings, halving: Halving, count: int, rows: int | None) -> Phase:
     """Lay out the phase after which the student makes `count` jumps; `rows` are emitted, or None."""
-    settings = sketch.settings
     is_fold = count == settings.start_steps
     is_stochastic = settings.sampler == "stochastic" and rows is not None
-    table = sketch.stochastic(rows) if is_stochastic and rows else sketch.deterministic(count)
+    table = halving.stochastic(rows) if is_stochastic and rows else halving.deterministic(count)
     part = settings.fold if is_fold else settings.halve
     loss = (
         _fold_loss(settings)
         if is_fold
-        else _halve_loss(settings, sketch.context.schedule, count, odd=is_stochastic)
+        else _halve_loss(settings, halving.grid(2 * count), odd=is_stochastic)
     )
     # What the next phase goes on from is what was emitted: the average where there is one.
     result = "student" if settings.ema is None else "average"
     copies = () if settings.ema is None else (("average", "student"),)
     networks = {
-        name: result if role == "student" else role for name, role in sketch.networks.items()
+        name: result if role == "student" else role for name, role in halving.networks.items()
     }
     student = Emission(f"{rows or count}-step", table, networks)
     return Phase(
@@ -185,7 +204,8 @@ def _phase(sketch: "_Sketch", count: int, rows: int | None) -> Phase:
         part.iterations,
         (Update("student", ("student",), loss, part.optimizer),),
         copies=() if is_fold else (*copies, ("student", "previous")),
-        preview=student,
+        # Pictures cannot be drawn of what wants pictures.
+        preview=student if settings.direction == "decode" else None,
         emits=student if rows is not None else None,
     )
 
@@ -212,16 +232,15 @@ def _fold_loss(settings: GuidedSettings) -> Any:
     return loss
 
 
-def _halve_loss(settings: GuidedSettings, schedule: Schedule, count: int, *, odd: bool) -> Any:
-    grid = time_grid(schedule, 2 * count)
+def _halve_loss(settings: GuidedSettings, grid: Sequence[int], *, odd: bool) -> Any:
+    count = len(grid) // 2
 
     def loss(step: Step) -> Losses:
         """Make one step where the previous student makes two (section 3.2)."""
         student, previous = step.roles["student"], step.roles["previous"]
         w = _draw_w(settings, step)
         conditions = {**step.batch.conditions, "w": w}
-        points = grid.to(w.device)
-        # Position k of the grid is time k / (2 count); position 0 is the end.
+        points = torch.tensor(grid, device=w.device)
         k = step.draw.integers(1, 2 * count + 1) if odd else 2 * step.draw.integers(1, count + 1)
         u, m, s = points[k], points[k - 1], points[(k - 2).clamp(min=0)]
         z = noised_data(student, step.batch, u, step.draw)
@@ -232,54 +251,3 @@ def _halve_loss(settings: GuidedSettings, schedule: Schedule, count: int, *, odd
         return Losses({"halve": weighted_mse(student, x0, target, u, settings.halve.weighting)})
 
     return loss
-
-
-def time_grid(schedule: Schedule, count: int) -> Tensor:
-    """Return the labels of times 0, 1/count, ..., 1: -1 first, then diffusers' trailing grid ascending."""
-    return torch.tensor([END, *reversed(schedule.timesteps(count, "trailing"))])
-
-
-@dataclass(frozen=True)
-class _Sketch:
-    """Builds the tables that the students are trained for."""
-
-    settings: GuidedSettings
-    context: Context
-    networks: Mapping[str, str]
-
-    def deterministic(self, count: int) -> SamplerTable:
-        """N DDIM rows on the trailing grid; the last one returns x0."""
-        schedule, kind = self.context.schedule, self.context.kind
-        grid = time_grid(schedule, count).tolist()
-        rows = tuple(
-            ddim_row(schedule, grid[k], grid[k - 1], kind, network=self.call)
-            for k in range(count, 0, -1)
-        )
-        return self._wrap(rows, 1)
-
-    def stochastic(self, count: int) -> SamplerTable:
-        """N rows that jump by 2/N and noise back by 1/N; the last one returns x0 (section 3.3)."""
-        schedule, kind = self.context.schedule, self.context.kind
-        grid = time_grid(schedule, count).tolist()
-        rows = [
-            jump_and_noise_row(
-                schedule, grid[k], grid[k - 2], grid[k - 1], kind, noise=index, network=self.call
-            )
-            for index, k in enumerate(range(count, 1, -1), start=1)
-        ]
-        rows.append(ddim_row(schedule, grid[1], END, kind, network=self.call))
-        return self._wrap(tuple(rows), count)
-
-    @property
-    def call(self) -> tuple[str, ...]:
-        """The networks of a row in the order of their calls."""
-        return tuple(self.networks)
-
-    def _wrap(self, rows: tuple[Row, ...], noise_count: int) -> SamplerTable:
-        settings = self.settings
-        guidance = Guidance(
-            "embedded", "w", settings.default_guidance_scale, settings.guidance_scale
-        )
-        return self.context.table(
-            rows, noise_count=noise_count, guidance=guidance, sampler=settings.sampler
-        )

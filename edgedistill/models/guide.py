@@ -14,10 +14,13 @@ from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.models.inputs import SCALES, scalar_embedding
+from edgedistill.models.inputs import scalar_embedding
 from edgedistill.models.unet import residual_shapes
 
 GROUPS = 8
+W_SCALE = (
+    10.0  # of w before its sinusoids: slow ones, so that residuals change smoothly with guidance
+)
 
 
 class GuidedDenoiser(Denoiser):
@@ -136,7 +139,7 @@ class _Told(nn.Module):
     def forward(
         self, sample: Tensor, timestep: Tensor, w: Tensor, conditions: Mapping[str, Tensor]
     ) -> Tensor:
-        sinusoid = scalar_embedding(w, SCALES["w"], self._dim)
+        sinusoid = scalar_embedding(w, W_SCALE, self._dim)
         made: Tensor = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
         made = made + self.w_embedding(sinusoid.to(sample.dtype))
         if self.class_embedding is not None:
