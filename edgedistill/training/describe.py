@@ -18,6 +18,7 @@ from edgedistill.teacher import Teacher
 from edgedistill.training.checkpoint import Position
 from edgedistill.training.draw import PositionDraw, Slice
 from edgedistill.training.logs import Unwatched
+from edgedistill.training.memory import checkpoint_blocks
 from edgedistill.training.prepare import Prepared, prepare, sketch
 from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import start, train
@@ -143,6 +144,8 @@ def _costs(prepared: Prepared) -> dict[tuple[str, str], Cost]:
     settings = prepared.recipe.training
     modules = {role.name: role.module.to(META) for role in prepared.plan.roles}
     for role in prepared.plan.roles:
+        if settings.gradient_checkpointing:
+            checkpoint_blocks(role.network)
         for name, parameter in role.network.named_parameters():
             parameter.requires_grad_(role.is_trained(name))
     part = Slice(
@@ -159,11 +162,15 @@ def _costs(prepared: Prepared) -> dict[tuple[str, str], Cost]:
 def _cost(
     recipe: Recipe, update: Update, modules: Mapping[str, Any], batch: Batch, part: Slice
 ) -> Cost:
+    held = (p for module in modules.values() for p in module.parameters())
+    weights = {parameter.untyped_storage()._cdata for parameter in held}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, torch.nn.Parameter):
-            kept[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        # Tensors that are views of one another, or of a weight, share their memory.
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     precision = recipe.training.mixed_precision
@@ -198,7 +205,7 @@ def blank_batch(teacher: Teacher, count: int) -> Batch:
             conditions[spec.name] = torch.empty(
                 *(int(size) for size in shape), dtype=getattr(torch, spec.dtype), device=META
             )
-    return Batch(x, conditions, {name: conditions[name] for name in teacher.null})
+    return Batch(x, conditions, dict(conditions) if teacher.null else {})
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from edgedistill.methods.plan import (
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.training.checkpoint import CheckpointFolder, Position, Snapshot
 from edgedistill.training.draw import PositionDraw, Slice
+from edgedistill.training.memory import checkpoint_blocks
 from edgedistill.training.settings import TrainingSettings
 
 State = Mapping[str, Tensor]
@@ -84,6 +85,8 @@ class Trainer:
         self._plain = {role.name: role.network for role in self.plan.roles}
         for role in self.plan.roles:
             self._modules[role.name] = role.module.to(device).eval()
+            if self.settings.gradient_checkpointing:
+                checkpoint_blocks(role.network)
             for name, parameter in role.network.named_parameters():
                 parameter.requires_grad_(role.is_trained(name))
             if role.trained:

@@ -46,7 +46,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if recipe.training.mixed_precision == "fp16" and not torch.cuda.is_available():
         msg = "`training.mixed_precision` fp16 needs a GPU; use bf16 or no here."
         raise ConfigError(msg)
-    teacher = Teacher.open(recipe.teacher)
+    teacher = Teacher.open(recipe.teacher, null_class=recipe.null_class)
     cache = None if recipe.cache is None else Path(recipe.cache)
     device = torch.device("cuda") if torch.cuda.is_available() else None
     data = encode(open_dataset(recipe.data), teacher, recipe.seed, cache=cache, device=device)
@@ -62,7 +62,7 @@ def sketch(recipe: Recipe) -> Prepared:
         BundleError: If the teacher's configurations cannot be read.
         ConfigError: If recipe and teacher do not fit each other.
     """
-    teacher = Teacher.sketch(recipe.teacher)
+    teacher = Teacher.sketch(recipe.teacher, null_class=recipe.null_class)
     plan = METHODS[recipe.method].plan(recipe.settings, context_of(recipe, teacher, None))
     return Prepared(recipe, teacher, {}, plan)
 

@@ -16,6 +16,15 @@ from edgedistill.models.lora import LoraSettings
 from edgedistill.models.slim import CutSettings
 from edgedistill.training.settings import TrainingSettings
 
+# Settings of the loop that leave the weights as they are.
+_OF_NO_WEIGHT = (
+    "checkpoint_every",
+    "preview_every",
+    "log_every",
+    "tensorboard",
+    "gradient_checkpointing",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -24,6 +33,7 @@ class Recipe:
     Fields:
         name: Of the student.
         teacher: A packaged one (``digits``), or a diffusers folder with unet/ and scheduler/.
+        null_class: Whether the teacher's last class embedding stands for "no class".
         data: What `edgedistill.data.open_dataset` opens.
         cache: Folder to keep latents and embedded captions in; None: they are made anew, in memory.
         method: Which method, by its name in `edgedistill.methods.registry`.
@@ -37,6 +47,7 @@ class Recipe:
 
     name: str
     teacher: str
+    null_class: bool = True
     data: str
     cache: str | None = None
     method: str = "guided"
@@ -78,10 +89,10 @@ class Recipe:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all settings that change the weights; how often to log or save is left out."""
+        """SHA-256 of all settings that change the weights; what leaves them as they are is left out."""
         data = self.to_json()
         del data["cache"]
-        for name in ("checkpoint_every", "preview_every", "log_every", "tensorboard"):
+        for name in _OF_NO_WEIGHT:
             del data["training"][name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 

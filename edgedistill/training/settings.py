@@ -22,7 +22,9 @@ class TrainingSettings:
         preview_every: Iterations between sample grids; 0: none.
         log_every: Iterations between logged losses.
         tensorboard: Write TensorBoard event files.
-        tf32: Let CUDA matrix products use TF32.
+        gradient_checkpointing: Keep the inputs of the networks' blocks alone and run the blocks again in the
+            backward pass: less memory, about a third more arithmetic, the same gradients.
+        tf32: Let CUDA's matrix products and convolutions use TF32.
         compile: Compile the trained networks with torch.compile.
     """
 
@@ -36,6 +38,7 @@ class TrainingSettings:
     preview_every: int = 0
     log_every: int = 10
     tensorboard: bool = True
+    gradient_checkpointing: bool = False
     tf32: bool = False
     compile: bool = False
 
