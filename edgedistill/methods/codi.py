@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,7 @@ from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, SamplerTable
 
 Conditions = dict[str, Tensor]
+EXAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class CodiSettings:
         factor: Of super-resolution.
         control: ``adapter``: a copy of the base's encoder reads the image, and its outputs are added to the
             base's skips and middle; ``channels``: the image enters the base's first layer.
-        width: Share of the base's channels that the adapter has.
+        cut: How the adapter's encoder is cut from the base's; its levels must stay.
         trains: ``adapter``: the base stays as it is, and one copy of it serves many adapters; ``all``.
         steps: Numbers of sampler rows to write students for, over the same weights; the first one's is the
             default.
@@ -61,9 +63,11 @@ class CodiSettings:
         spacing: ``leading``: times are multiples of ``T / jumps``, as in the paper's code; ``trailing``:
             they start at the last label, for schedules that leave nothing of x there.
         shared_time: Draw one time for the whole batch, which the paper found better for 1 to 4 steps.
-        state: How the state at the earlier time is made of the estimate of x: with the ``true`` noise, or
-            along the student's own DDIM step (``ddim``).
-        agreement: Weight of the consistency of eps over one jump.
+        state: How the state at the earlier time is made of the estimate of x: ``noised`` with the true noise
+            (the paper's equation), or along the student's own ``ddim`` step (its pseudo-code).
+        compared: What is to agree: the estimates of ``x`` (the default of the public code) or of ``eps`` (as
+            the paper writes it), which says nothing of x where little of it is left.
+        agreement: Weight of the consistency over one jump.
         guidance: Weight of the distance to the data.
         weighting: Of the distance to the data by noise level; None: plain, as in the paper.
         timestep_scaling: How fast the boundary condition fades with the time.
@@ -74,13 +78,14 @@ class CodiSettings:
     task: Task = "super_resolution"
     factor: int = 2
     control: Literal["adapter", "channels"] = "adapter"
-    width: float = 1.0
+    cut: CutSettings = field(default_factory=CutSettings)
     trains: Literal["adapter", "all"] = "adapter"
     steps: tuple[int, ...] = (4,)
     jumps: int = 50
     spacing: Literal["leading", "trailing"] = "leading"
     shared_time: bool = True
-    state: Literal["true", "ddim"] = "ddim"
+    state: Literal["noised", "ddim"] = "ddim"
+    compared: Literal["x", "eps"] = "eps"
     agreement: float = 1.0
     guidance: float = 1.0
     weighting: Weighting | None = None
@@ -97,8 +102,8 @@ class CodiSettings:
         if not self.steps or not all(1 <= count <= self.jumps for count in self.steps):
             msg = f"`steps` must lie in [1, {self.jumps}], the number of `jumps`, got {list(self.steps)}."
             raise ConfigError(msg)
-        if self.control == "channels" and (self.trains, self.width) != ("all", 1.0):
-            msg = "With `control: channels` there is no adapter: set `trains: all` and leave `width` out."
+        if self.control == "channels" and (self.trains, self.cut) != ("all", CutSettings()):
+            msg = "With `control: channels` there is no adapter: set `trains: all` and leave `cut` out."
             raise ConfigError(msg)
         if min(self.agreement, self.guidance) < 0 or self.agreement + self.guidance == 0:
             msg = f"`agreement` and `guidance` must not be negative, nor both 0, got {self.agreement} and {self.guidance}."
@@ -126,12 +131,23 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
         tables[default],
         networks,
         {f"{name}-step": tables[name] for name in further},
+        examples=_examples(settings, context),
     )
     trained = tuple(role.name for role in roles if role.trained)
     grid = jump_grid(context.schedule, settings.jumps, settings.spacing)
     update = Update("student", trained, codi_loss(settings, grid), settings.train.optimizer)
     phase = Phase("codi", settings.train.iterations, (update,), preview=student, emits=student)
     return Plan(roles, (phase,))
+
+
+def _examples(settings: CodiSettings, context: Context) -> dict[str, np.ndarray]:
+    """Return what some of the data is controlled by; nothing where there is no data."""
+    if context.samples is None:
+        return {}
+    x = context.samples.first(EXAMPLES).x.cpu().numpy()
+    generator = np.random.Generator(np.random.Philox(key=context.seed))
+    chances = generator.random((len(x), CHANCES), dtype=np.float32)
+    return controls_of(settings.task, x, chances, settings.factor)
 
 
 def _roles(
@@ -146,20 +162,19 @@ def _roles(
         average = Role("average", copy.deepcopy(student), follows=follow)
         return (Role("student", student, trained=True), average), {"unet": "average"}
     base = context.student(residuals=True)
-    narrow = context.base
-    if settings.width < 1:
-        narrow = cut(context.base, CutSettings(width=settings.width))
-    adapter = residual_encoder(narrow, base.network, inputs)
-    whole = settings.trains == "all"
-    last = copy.deepcopy(base) if whole else base
+    whole = settings.cut == CutSettings()
+    source = context.base if whole else cut(context.base, settings.cut)
+    adapter = residual_encoder(source, base.network, inputs)
+    everything = settings.trains == "all"
+    last = copy.deepcopy(base) if everything else base
     roles = [
-        Role("base", base, trained=whole),
+        Role("base", base, trained=everything),
         Role("student", GuidedDenoiser(adapter, base), trained=True),
         Role("average", GuidedDenoiser(copy.deepcopy(adapter), last), follows=follow),
     ]
-    if whole:
+    if everything:
         roles.append(Role("base average", last, follows=Follow("base", settings.ema)))
-    return tuple(roles), {"adapter": "average", "unet": "base average" if whole else "base"}
+    return tuple(roles), {"adapter": "average", "unet": "base average" if everything else "base"}
 
 
 def jump_grid(
@@ -231,9 +246,11 @@ def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
             )
             terms["guidance"] = settings.guidance * error
         if settings.agreement:
-            kept = noise if settings.state == "true" else eps
+            kept = noise if settings.state == "noised" else eps
             target = agreement_target(average, x0, kept, s, conditions, settings.timestep_scaling)
-            terms["agreement"] = settings.agreement * (eps - target).square().mean()
+            place = ("x", "eps").index(settings.compared)
+            error = ((x0, eps)[place] - target[place]).square().mean()
+            terms["agreement"] = settings.agreement * error
         return Losses(terms)
 
     return loss
@@ -257,8 +274,8 @@ def agreement_target(
     s: Tensor,
     conditions: Conditions,
     timestep_scaling: float,
-) -> Tensor:
-    """Return the average student's eps at ``z_s = alpha_s x0 + sigma_s eps``.
+) -> tuple[Tensor, Tensor]:
+    """Return the average student's estimates of x and eps at ``z_s = alpha_s x0 + sigma_s eps``.
 
     Args:
         average: The target network.
@@ -268,5 +285,4 @@ def agreement_target(
         timestep_scaling: See `CodiSettings`.
     """
     alpha, sigma = average.alpha_sigma(s)
-    _, target = estimates(average, alpha * x0 + sigma * eps, s, conditions, timestep_scaling)
-    return target
+    return estimates(average, alpha * x0 + sigma * eps, s, conditions, timestep_scaling)

@@ -24,10 +24,13 @@ from edgedistill.methods.plan import Batch, Step, Stretch
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.guide import GuidedDenoiser
+from edgedistill.models.slim import CutSettings
 from edgedistill.prediction import PredictionType
+from edgedistill.probes import load_probes
 from edgedistill.rows import boundary_row
 from edgedistill.sampler import run_table
 from edgedistill.schedule import Schedule
+from edgedistill.student import EXAMPLES
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
 from edgedistill.teacher import Teacher
 from edgedistill.training.draw import PositionDraw, Slice
@@ -75,9 +78,9 @@ def perturbed(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("task", ["super_resolution", "inpainting", "edges"])
-@pytest.mark.parametrize("width", [1.0, 0.5])
-def test_an_untrained_adapter_changes_nothing_whatever_the_image(context, task, width) -> None:
-    settings = CodiSettings(task=task, width=width)
+@pytest.mark.parametrize("cut", [{}, {"width": 0.5}, {"remove_mid_block": True}])
+def test_an_untrained_adapter_changes_nothing_whatever_the_image(context, task, cut) -> None:
+    settings = CodiSettings(task=task, cut=CutSettings(**cut))
     student = {role.name: role.module for role in plan(settings, context).roles}["student"]
     z, t = images(1) * 3, torch.tensor([0, 9, 200, 500, 800, 999])
     labels = {"class_labels": torch.arange(COUNT, dtype=torch.int32)}
@@ -144,32 +147,34 @@ def test_the_true_and_the_own_state_coincide_for_a_perfect_student(context) -> N
     grid = jump_grid(context.schedule, 50, "trailing")
     by_state = {
         state: losses(context, CodiSettings(state=state), grid, 0.0, 0.1)
-        for state in ("true", "ddim")
+        for state in ("noised", "ddim")
     }
-    true, own = by_state["true"]["agreement"], by_state["ddim"]["agreement"]
+    true, own = by_state["noised"]["agreement"], by_state["ddim"]["agreement"]
     assert true.item() == pytest.approx(own.item(), rel=1e-4)
     assert true.item() > 1e-5
     assert by_state["ddim"]["guidance"].item() < 1e-9
     different = [
         losses(context, CodiSettings(state=state), grid, 0.3, 0.1)["agreement"].item()
-        for state in ("true", "ddim")
+        for state in ("noised", "ddim")
     ]
     assert different[0] != pytest.approx(different[1], rel=1e-2)
 
 
-def test_a_jump_to_where_one_is_asks_for_nothing(context) -> None:
-    assert losses(context, CodiSettings(), (600, 600), 0.3, 0.3)["agreement"].item() < 1e-10
-    assert losses(context, CodiSettings(), (600, 600), 0.3, 0.1)["agreement"].item() > 1e-4
+@pytest.mark.parametrize("compared", ["x", "eps"])
+def test_a_jump_to_where_one_is_asks_for_nothing(context, compared: str) -> None:
+    settings = CodiSettings(compared=compared)
+    assert losses(context, settings, (600, 600), 0.3, 0.3)["agreement"].item() < 1e-10
+    assert losses(context, settings, (600, 600), 0.3, 0.1)["agreement"].item() > 1e-4
 
 
 def test_the_target_carries_no_gradient(context) -> None:
     x0, t = images(1).requires_grad_(), torch.full((COUNT,), 300)
-    target = agreement_target(context.teacher, x0, images(2), t, batch().conditions, 10.0)
-    assert not target.requires_grad
+    made = agreement_target(context.teacher, x0, images(2), t, batch().conditions, 10.0)
+    assert not any(target.requires_grad for target in made)
 
 
 def test_only_the_adapter_is_trained_and_it_is_small(context, tmp_path: Path) -> None:
-    made = plan(CodiSettings(width=0.5), context)
+    made = plan(CodiSettings(cut=CutSettings(remove_mid_block=True)), context)
     trained = [role.name for role in made.roles if role.trained]
     assert trained == list(made.phases[0].updates[0].roles) == ["student"]
     data = {
@@ -177,7 +182,7 @@ def test_only_the_adapter_is_trained_and_it_is_small(context, tmp_path: Path) ->
         "teacher": "digits",
         "data": "digits",
         "method": "codi",
-        "codi": {"width": 0.5, "ema": 0.0, "train": {"iterations": 3}},
+        "codi": {"cut": {"remove_mid_block": True}, "ema": 0.0, "train": {"iterations": 3}},
         "training": {"batch_size": 4, "tensorboard": False},
     }
     student = distill(build(recipe_class("codi"), data, "test"), tmp_path / "student", quiet=True)
@@ -190,9 +195,10 @@ def test_only_the_adapter_is_trained_and_it_is_small(context, tmp_path: Path) ->
     adapter = store.load(student.root / "adapter")
     assert any(conv.weight.abs().max() > 0 for conv in adapter.zero_convs)
     assert validate(student.table) == []
+    assert load_probes(student.root / EXAMPLES)["image"].shape == (32, 1, 8, 8)
 
 
-@pytest.mark.parametrize("state", ["true", "ddim"])
+@pytest.mark.parametrize("state", ["noised", "ddim"])
 def test_gradients_reach_every_part_of_the_adapter_and_none_of_the_base(context, state) -> None:
     settings = CodiSettings(task="inpainting", state=state)
     modules = {role.name: role.module for role in plan(settings, context).roles}
@@ -271,7 +277,7 @@ def test_guidance_of_0_is_the_unconditional_branch(context) -> None:
     [
         ({"steps": ()}, r"`steps` must lie in \[1, 50\]"),
         ({"steps": (51,)}, r"`steps` must lie in \[1, 50\]"),
-        ({"control": "channels"}, "set `trains: all` and leave `width` out"),
+        ({"control": "channels"}, "set `trains: all` and leave `cut` out"),
         ({"agreement": 0.0, "guidance": 0.0}, "nor both 0"),
         ({"agreement": -1.0}, "must not be negative"),
     ],
