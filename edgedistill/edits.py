@@ -92,6 +92,9 @@ def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:
     if len(table.stages) != 1:
         msg = f"{what} is for samplers of one stage; this cascade has {len(table.stages)}."
         raise ConfigError(msg)
+    if table.space.get("kind") == "latent":
+        msg = f"{what} is for samplers of pixels; this one works on latents, and images are not encoded here."
+        raise ConfigError(msg)
     (stage,) = table.stages
     config = table.annotations.get("scheduler")
     if not isinstance(config, Mapping):

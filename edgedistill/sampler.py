@@ -13,6 +13,7 @@ from edgedistill.table import Blend, Row, SamplerTable, Stage
 
 Array = Any  # numpy.ndarray or torch.Tensor: whatever has arithmetic, `clip` and `reshape`
 TOKENS = "input_ids"  # of a text encoder
+LATENT = "latent_sample"  # of a decoder
 NULL = "null."  # before the name of what unguided calls are given instead
 Network = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -49,7 +50,7 @@ def run_table(
     observe: Observer | None = None,
     forced: Sequence[Mapping[str, Array]] | None = None,
 ) -> Array:
-    """Run every row and return the last state, clipped to `table.clamp`.
+    """Run every row and return the last state, decoded where the table says so, clipped to `table.clamp`.
 
     Args:
         table: The sampler.
@@ -84,7 +85,8 @@ def run_table(
             kept = vars(trace) if forced is None else forced[index]
             z, history = kept["next"], (kept.get("x0"), *history)
             index += 1
-    return z if table.clamp is None else z.clip(*table.clamp)
+    output = z if table.decoder is None else _decoded(table, _find(networks, table.decoder), z)
+    return output if table.clamp is None else output.clip(*table.clamp)
 
 
 def enter_stage(
@@ -217,6 +219,12 @@ def _encoded(
             made = _find(networks, text.encoder)({TOKENS: conditions[prefix + TOKENS]})
             given |= {prefix + name: value for name, value in made.items()}
     return given
+
+
+def _decoded(table: SamplerTable, decoder: Network, z: Array) -> Array:
+    scale, shift = table.space.get("scale", 1.0), table.space.get("shift", 0.0)
+    (made,) = decoder({LATENT: z * (1 / scale) + shift}).values()
+    return _as(made, z)
 
 
 def _routed(

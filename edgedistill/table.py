@@ -136,7 +136,9 @@ class SamplerTable:
         guidance, conditions: What the caller may choose.
         router: Which student makes which sample, or None for a single one.
         clamp: Range that the output is clipped to, or None.
-        space: Meaning of the output: ``kind`` (pixel or latent), ``value_range``, ``scale``, ``shift``.
+        space: Meaning of the state: ``kind`` (pixel or latent), ``value_range`` of the output, and of latents
+            ``scale`` and ``shift``: the state is ``(latent - shift) * scale``.
+        decoder: The network that makes the output of the latent, or None: the last state is the output.
         annotations: Commentary: method, scheduler configuration, prediction type, versions.
     """
 
@@ -151,6 +153,7 @@ class SamplerTable:
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
     )
+    decoder: str | None = None
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -181,14 +184,13 @@ class SamplerTable:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """Names of the networks that rows call, in order of first use, then those that encode texts."""
+        """Names of the networks that rows call, in order of first use, then of text encoder and decoder."""
         names: dict[str, None] = {}
         for name in (name for row in self.rows for name in row.call):
             routed = self.router is not None and name == self.router.network
             names |= dict.fromkeys(self.router.networks if self.router and routed else [name])
-        return tuple(
-            names | dict.fromkeys(item.encoder for item in self.conditions if item.encoder)
-        )
+        others = [*(item.encoder for item in self.conditions), self.decoder]
+        return tuple(names | dict.fromkeys(name for name in others if name is not None))
 
     def condition(self, kind: str) -> Condition | None:
         """Return the first condition of a kind, or None where there is none."""
@@ -331,6 +333,9 @@ def _range_problems(table: SamplerTable) -> Iterator[str]:
     span = table.space.get("value_range")
     if not (isinstance(span, list | tuple) and len(span) == 2 and rises(*span)):
         yield f"space needs a `value_range` [low, high], got {span!r}"
+    scale, shift = table.space.get("scale", 1.0), table.space.get("shift", 0.0)
+    if table.decoder is not None and not (finite(scale, shift) and scale != 0):
+        yield f"latents to decode need a `scale` and a `shift`, got {scale!r} and {shift!r}"
     if table.clamp is not None and not rises(*table.clamp):
         yield f"clamp range {list(table.clamp)} is empty"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderTiny, UNet2DModel
 from PIL import Image
 
 import edgedistill
@@ -21,6 +21,7 @@ from edgedistill.models import store
 from edgedistill.models.extend import extend
 from edgedistill.models.inputs import Inputs
 from edgedistill.models.residuals import residual_encoder
+from edgedistill.models.vae import VaeDecoder
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import load_probes
 from edgedistill.router import Router, route
@@ -166,11 +167,24 @@ def worded(folder: Path) -> Student:
     return write(folder, networks, table)
 
 
+def latent(folder: Path) -> Student:
+    """Write a network of 8x8 latents with a decoder to 16x16."""
+    torch.manual_seed(4)
+    wide = {f"{side}_block_out_channels": (8, 8) for side in ("encoder", "decoder")}
+    blocks = {f"num_{side}_blocks": (1, 1) for side in ("encoder", "decoder")}
+    stock = AutoencoderTiny(1, 1, latent_channels=1, **wide, **blocks)
+    decoder = VaeDecoder(stock, (8, 8)).eval()
+    space = {"kind": "latent", "value_range": [-1.0, 1.0], "scale": 0.5, "shift": 0.25}
+    table = dataclasses.replace(ddim(2, conditions=CLASSES), space=space, decoder="vae_decoder")
+    return write(folder, {"unet": unet(0), "vae_decoder": decoder}, table)
+
+
 KINDS: dict[str, Callable[[Path], Student]] = {
     "routed": lambda folder: routed(folder, 3),
     "guided": guided,
     "cascade": cascade,
     "worded": worded,
+    "latent": latent,
 }
 
 
@@ -190,6 +204,18 @@ def test_every_artifact_reaches_its_floors(bundle):
         for a in report.artifacts
         for gain in a.sensitivity.values()
     )
+
+
+def test_latents_come_out_as_images(tmp_path):
+    bundle = export_student(latent(tmp_path / "student"), tmp_path / "bundle", ["onnx"])
+    pipeline = edgedistill.load(bundle, "onnxruntime")
+    states = []
+    made = pipeline(2, observe=lambda trace: states.append(trace.next)).array
+    assert made.shape == (2, 1, 16, 16)
+    by_hand = pipeline.networks["vae_decoder"]({"latent_sample": states[-1] / 0.5 + 0.25})
+    assert np.allclose(made, by_hand["sample"].clip(-1, 1), atol=1e-6)
+    with pytest.raises(ConfigError, match="this one works on latents"):
+        pipeline(image=np.zeros((1, 8, 8)), strength=0.5)
 
 
 def test_every_network_is_made_smaller(bundle, tmp_path):

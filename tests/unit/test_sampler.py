@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgedistill.compiler import compile_scheduler
-from edgedistill.errors import ContractError
+from edgedistill.errors import ConfigError, ContractError
 from edgedistill.noise import noise_bank
 from edgedistill.router import Router
 from edgedistill.sampler import RowTrace, enter_stage, run_row, run_table
@@ -392,6 +392,26 @@ def test_students_may_be_chosen_by_what_the_text_encoder_makes() -> None:
     got = run_table(table, networks, [z], {"input_ids": ids})
     assert np.array_equal(got[0], z[0] * 0.25 + (z[0] - 0.5) * 0.75)
     assert np.array_equal(got[1], z[1] * 0.25 + (z[1] + 0.5) * 0.75)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_decoder_sees_the_latent_and_its_image_is_clamped(library: str) -> None:
+    module = pytest.importorskip(library)
+    (z,) = noise(1)
+    space = {"kind": "latent", "value_range": [-1.0, 1.0], "scale": 0.25, "shift": 0.5}
+    table = one(Row((), next=Next(z=1.0)), decoder="vae", space=space, clamp=(-1.0, 1.0))
+
+    def decode(feeds: Mapping[str, Any]) -> dict[str, Any]:
+        wide = [index // 2 for index in range(8)]
+        return {"sample": feeds["latent_sample"][..., wide] / 8}
+
+    got = run_table(table, {"vae": decode}, [module.asarray(z)], {})
+    expected = ((z * 4 + 0.5) / 8).repeat(2, axis=3).clip(-1, 1)
+    assert np.array_equal(np.asarray(got), expected)
+    assert table.networks == ("vae",)
+    assert table.nfe == 0
+    with pytest.raises(ConfigError, match="need a `scale` and a `shift`, got 0"):
+        dataclasses.replace(table, space={**space, "scale": 0})
 
 
 def test_a_single_row_can_be_run_from_any_state() -> None:
