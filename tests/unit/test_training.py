@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edgedistill.errors import TrainingError
 from edgedistill.methods import guided
 from edgedistill.methods.context import Context
+from edgedistill.methods.halving import Halving
 from edgedistill.methods.plan import (
     Batch,
     Emission,
@@ -29,7 +30,7 @@ from edgedistill.models.run import torch_networks
 from edgedistill.prediction import PredictionType
 from edgedistill.sampler import run_table
 from edgedistill.schedule import Schedule
-from edgedistill.table import Condition
+from edgedistill.table import Condition, Guidance
 from edgedistill.training.checkpoint import CheckpointFolder, Position
 from edgedistill.training.draw import EpochOrder, PositionDraw, Slice
 from edgedistill.training.loop import Trainer, curve
@@ -130,7 +131,7 @@ class GaussianContext(Context):
         return Denoiser(Affine(), SCHEDULE, self.prediction_type)
 
 
-def gaussian_plan(iterations: int, ema: float | None = None) -> Plan:
+def gaussian_plan(iterations: int, ema: float | None = None, **changes: Any) -> Plan:
     adam = OptimizerSettings(learning_rate=0.02, decay="cosine")
     settings = guided.GuidedSettings(
         guidance_scale=(1.0, 2.0),
@@ -139,6 +140,7 @@ def gaussian_plan(iterations: int, ema: float | None = None) -> Plan:
         fold=guided.PhaseSettings(1, OptimizerSettings(learning_rate=1e-9), "snr_plus_one"),
         halve=guided.PhaseSettings(iterations, adam),
         ema=ema,
+        **changes,
     )
     return guided.plan(settings, GaussianContext.make())
 
@@ -181,6 +183,25 @@ def test_halved_students_of_gaussian_data_equal_the_teacher_of_twice_the_steps(
         student.load_state_dict(emitted[phase.emits.name])
         made = run_table(phase.emits.table, torch_networks({"unet": student}), noise, given)
         assert (made - teacher).abs().max() < 1e-3, phase.name
+
+
+def test_halved_encoders_of_gaussian_data_equal_the_encoder_of_twice_the_steps(
+    tmp_path: Path,
+) -> None:
+    plan = gaussian_plan(400, direction="encode")
+    emitted: dict[str, Any] = {"4-step": Affine().state_dict()}
+    table = Halving(GaussianContext.make(), Guidance(), {"unet": "student"}, 10).deterministic(4)
+    tables = {"4-step": table, **{p.emits.name: p.emits.table for p in plan.phases[1:]}}
+    trainer(plan, tmp_path, Silent(), emitted, clip_norm=None, checkpoint_every=1000).run()
+    image = MEAN + SPREAD * torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
+    given = {"class_labels": torch.zeros(64), "w": torch.zeros(64), "image": image}
+    made = {}
+    for name, state in emitted.items():
+        student = Affine()
+        student.load_state_dict(state)
+        networks = torch_networks({"unet": student})
+        made[name] = run_table(tables[name], networks, [torch.zeros_like(image)], given)
+        assert (made[name] - made["4-step"]).abs().max() < 1e-3, name
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
