@@ -12,7 +12,7 @@ from torch import Tensor
 from edgedistill.errors import ConfigError
 from edgedistill.methods.targets import ddim_step
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.rows import ddim_row, jump_and_noise_row, jump_label
+from edgedistill.rows import jump_and_noise_row, jump_label
 from edgedistill.schedule import Schedule
 from edgedistill.table import Row
 
@@ -95,11 +95,7 @@ def gamma_rows(
     """
     rows: list[Row] = []
     for t, s in itertools.pairwise(labels):
-        k = jump_label(schedule, s, gamma) if s > END else s
-        row = (
-            jump_and_noise_row(schedule, t, k, s, prediction_type, len(rows) + 1, target_feed="s")
-            if k < s
-            else ddim_row(schedule, t, s, prediction_type, target_feed="s")
-        )
-        rows.append(row)
+        k = jump_label(schedule, s, gamma)
+        noise = 1 + sum(row.noise is not None for row in rows)
+        rows.append(jump_and_noise_row(schedule, t, k, s, prediction_type, noise, target_feed="s"))
     return tuple(rows)

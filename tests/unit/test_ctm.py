@@ -57,9 +57,10 @@ class Gaussian(nn.Module):
 
     config = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "num_class_embeds": 3}
 
-    def __init__(self, schedule: Schedule, prediction: str = "sample") -> None:
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self.schedule, self.prediction = schedule, prediction
+        self.schedule = schedule
+        self.mean = nn.Parameter(torch.full((1, 1), MEAN))
         self.seen: list[tuple[Tensor, ...]] = []
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
@@ -70,9 +71,18 @@ class Gaussian(nn.Module):
             for values in (self.schedule.alphas, self.schedule.sigmas, self.schedule.in_scales)
         )
         z = sample / scale
-        mean = MEAN + 0.2 * class_labels[:, None, None, None]
+        mean = self.mean + 0.2 * class_labels[:, None, None, None]
         gain = alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
         return mean + gain * (z - alpha * mean)
+
+
+class Told(Gaussian):
+    """The same as a student, which does not heed s."""
+
+    config = {**Gaussian.config, "scalar_inputs": {"s": 1.0}}
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, s: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ARG002
+        return super().forward(sample, timestep, class_labels)
 
 
 class Jumper(nn.Module):
@@ -303,22 +313,36 @@ def test_a_student_that_learns_from_itself_never_asks_the_teacher() -> None:
     torch.testing.assert_close(made, asked)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
-def test_the_denoising_loss_is_at_s_equal_to_t_and_vanishes_at_its_optimum(
-    guidance_scale: float,
-) -> None:
-    settings = dataclasses.replace(SETTINGS, guidance_scale=guidance_scale, adversarial=None)
-    plan = ctm.plan(settings, gaussian_context())
+def test_the_denoising_loss_moves_only_the_jumps_of_no_length() -> None:
+    plan = ctm.plan(dataclasses.replace(SETTINGS, adversarial=None), gaussian_context())
     step = step_of(plan, 512)
     student = step.roles["student"].network
     losses = plan.phases[0].updates[0].loss(step)
     t, s, _ = student.seen[-1]
     assert torch.equal(t, s)
-    losses.terms["denoising"].backward(retain_graph=True)
-    own = student.jumps.grad.clone()
-    # Only the diagonal is moved; towards the guided teacher where there is one.
-    assert own.abs().sum() > 0
-    assert torch.equal(own, torch.diag_embed(own.diagonal(dim1=1, dim2=2)))
+    losses.terms["denoising"].backward()
+    moved = student.jumps.grad
+    assert moved.abs().sum() > 0
+    assert torch.equal(moved, torch.diag_embed(moved.diagonal(dim1=1, dim2=2)))
+
+
+@pytest.mark.parametrize(("guidance_scale", "mean"), [(1.0, MEAN), (1.5, MEAN - 0.2)])
+def test_the_denoising_loss_is_least_at_the_denoiser_which_is_guided_where_the_teacher_is(
+    guidance_scale: float, mean: float
+) -> None:
+    context = gaussian_context()
+    settings = dataclasses.replace(SETTINGS, guidance_scale=guidance_scale, adversarial=None)
+    plan = ctm.plan(settings, context)
+    slopes = []
+    for offset in (-0.05, 0.05):
+        network = Told(context.schedule)
+        torch.nn.init.constant_(network.mean, mean + offset)
+        student = Denoiser(network, context.schedule, context.prediction_type)
+        step = step_of(plan, 4096)
+        roles = {**step.roles, "student": student, "average": student}
+        terms = plan.phases[0].updates[0].loss(dataclasses.replace(step, roles=roles)).terms
+        slopes += torch.autograd.grad(terms["denoising"], network.mean)
+    assert slopes[0] < 0 < slopes[1]
 
 
 def test_levels_of_the_denoising_loss() -> None:
