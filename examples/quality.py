@@ -74,7 +74,11 @@ COLUMNS = (
     "student", "seed", "evaluations", "parameters", "Frechet", "/ naive", "/ teacher", "error / naive",
     "recall", "diversity", "memorised", "accuracy", "CPU s",
 )  # fmt: skip
-STEPS = (5, 4, 3, 2, 1)
+# By teacher: what its students are measured against; the same name opens its data.
+BASELINES = {
+    "digits": Settings(steps=(5, 4, 3, 2, 1)),
+    "captioned_digits": Settings(steps=(4, 2, 1), spacings=("trailing",)),
+}
 
 
 def main() -> int:
@@ -89,18 +93,15 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    evaluator = Evaluator.open("digits")
-    cache = options.output / "cache"
-    baselines = naive_baselines(Teacher.open("digits"), evaluator, Settings(steps=STEPS), cache)
     jobs = [(name, seed) for name in options.only for seed in options.seeds]
     if options.job:
         ((name, seed),) = jobs
-        work(name, seed, options.output, evaluator, baselines)
+        work(name, seed, options.output)
         return 0
+    teachers = list(dict.fromkeys(RUNS[name].load(0).teacher for name in options.only))
+    baselines = {name: baselines_of(name, options.output)[1] for name in teachers}
     with ThreadPoolExecutor(options.jobs) as pool:
-        failed = [
-            error for error in pool.map(lambda job: launch(*job, options.output), jobs) if error
-        ]
+        failed = list(filter(None, pool.map(lambda job: launch(*job, options.output), jobs)))
     lines = [line for job in jobs for line in held(*job, options.output)]
     problems = [*failed, *(problem for line in lines for problem in line["problems"])]
     record = {
@@ -108,12 +109,11 @@ def main() -> int:
         "problems": problems,
         "machine": platform.processor() or platform.machine(),
         "versions": versions(),
-        "floor": baselines.teacher.floor,
-        "teacher": baselines.teacher.to_json(),
+        "teachers": {name: item.teacher.to_json() for name, item in baselines.items()},
         "students": lines,
     }
     write_json(options.output / "quality.json", record)
-    text = table(lines, baselines)
+    text = "\n".join(table(name, item, lines) for name, item in baselines.items())
     write_bytes(options.output / "quality.md", text.encode())
     print(json.dumps(record, indent=1) if options.json else text)
     for problem in problems:
@@ -121,14 +121,17 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def result(name: str, seed: int, output: Path) -> Path:
-    """Return where the numbers of one training are kept."""
-    return output / f"{name}-{seed}.json"
+def baselines_of(teacher: str, output: Path) -> tuple[Evaluator, Baselines]:
+    """Return what measures a teacher's students, and what they are measured against."""
+    evaluator = Evaluator.open(teacher)
+    settings = BASELINES[teacher]
+    cache = output / "cache"
+    return evaluator, naive_baselines(Teacher.open(teacher), evaluator, settings, cache)
 
 
 def held(name: str, seed: int, output: Path) -> list[dict[str, Any]]:
     """Return what was measured of one training with the present settings, if it was."""
-    path = result(name, seed, output)
+    path = output / f"{name}-{seed}.json"
     found = read_json(path) if path.exists() else {}
     fits = found.get("recipe") == RUNS[name].load(seed).fingerprint
     return found["students"] if fits else []
@@ -144,14 +147,15 @@ def launch(name: str, seed: int, output: Path) -> str | None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     print(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s", file=sys.stderr)
     if done.returncode:
-        return f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}"
+        return f"{name}, seed {seed}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
     return None
 
 
-def work(name: str, seed: int, output: Path, evaluator: Evaluator, baselines: Baselines) -> None:
+def work(name: str, seed: int, output: Path) -> None:
     """Train and measure one run, and keep the numbers."""
     run = RUNS[name]
     recipe = run.load(seed)
+    evaluator, baselines = baselines_of(recipe.teacher, output)
     root = output / f"{name}-{seed}"
     begun = time.process_time()
     distill(recipe, root, resume=True, overwrite=True, quiet=True)
@@ -160,18 +164,19 @@ def work(name: str, seed: int, output: Path, evaluator: Evaluator, baselines: Ba
         write_json(clock, round(time.process_time() - begun, 1))
     lines = []
     for folder, sampler in run.students:
-        student = Student.open(root / folder)
-        item = measure(student, evaluator, baselines, sampler)
+        item = measure(Student.open(root / folder), evaluator, baselines, sampler)
         bar = BARS[run.bars].get(item.nfe) if run.bars else None
         problems = [f"seed {seed}: {problem}" for problem in item.problems(bar)]
-        line = {"seed": seed, "seconds": json.loads(clock.read_text()), "problems": problems}
-        lines.append({**line, **item.to_json()})
-    write_json(result(name, seed, output), {"recipe": recipe.fingerprint, "students": lines})
+        line = {"teacher": recipe.teacher, "seed": seed, "seconds": read_json(clock)}
+        lines.append({**line, "problems": problems, **item.to_json()})
+    record = {"recipe": recipe.fingerprint, "students": lines}
+    write_json(output / f"{name}-{seed}.json", record)
 
 
-def table(lines: Sequence[dict[str, Any]], baselines: Baselines) -> str:
-    """Return the table as Markdown."""
-    rows = [*baseline_rows(baselines), *map(student_row, lines)]
+def table(teacher: str, baselines: Baselines, lines: Sequence[dict[str, Any]]) -> str:
+    """Return the table of one teacher as Markdown."""
+    own = [line for line in lines if line["teacher"] == teacher]
+    rows = [*baseline_rows(baselines), *map(student_row, own)]
     text = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     text += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(text) + "\n"
