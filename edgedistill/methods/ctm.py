@@ -91,10 +91,10 @@ class AdversarialSettings(Stretch):
         iterations: Half of them the student's.
         form: Of the two losses.
         weight: Multiplies the balanced weight of the student's.
-        critic: What the critic sees: ``pixels``, or ``teacher``, the features in the middle of the frozen
-            teacher of noised images.
-        noise: Noise level that is added to the images, or the highest fraction of the schedule's labels.
-        width: Channels of the critic's first layer.
+        critic: What the critic sees: ``pixels``, or the features in the middle of the frozen ``teacher``.
+        noise: What hides small differences from it: standard deviation of noise on the pixels, or the
+            share of the schedule's labels, from the cleanest on, that the teacher sees images at.
+        width: Channels of the first layer of a critic of pixels.
         critic_optimizer: Its optimizer.
     """
 
