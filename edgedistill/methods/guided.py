@@ -40,10 +40,7 @@ from edgedistill.methods.plan import (
 from edgedistill.methods.states import noised_data
 from edgedistill.methods.targets import cfg_combine, progressive_target
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.prediction import PredictionType
 from edgedistill.table import Guidance
-
-MIN_EPSILON_ALPHA = 0.02
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ def plan(settings: GuidedSettings, context: Context) -> Plan:
     """
     context.require_null()
     student = context.student("w")
-    _check_start(student)
+    student.require_x0(student.schedule.num_train_timesteps - 1)
     return stages(settings, context, student)
 
 
@@ -168,17 +165,6 @@ def stages(
     return Plan(
         tuple(roles), tuple(_phase(settings, halving, count, rows.get(count)) for count in counts)
     )
-
-
-def _check_start(student: Denoiser) -> None:
-    """Refuse eps where the first state holds next to nothing of x: x0 = (z - sigma eps) / alpha."""
-    alpha, _ = student.schedule.alpha_sigma(student.schedule.num_train_timesteps - 1)
-    if student.prediction_type is PredictionType.EPSILON and alpha < MIN_EPSILON_ALPHA:
-        msg = (
-            f"A student that predicts epsilon cannot start where alpha is {alpha:.1e}: x0 is lost in rounding; "
-            "set `prediction_type: v_prediction` in the recipe."
-        )
-        raise ConfigError(msg)
 
 
 def _phase(settings: GuidedSettings, halving: Halving, count: int, rows: int | None) -> Phase:
