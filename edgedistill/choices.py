@@ -12,7 +12,10 @@ CONDITION_FIELDS: Mapping[str, tuple[str, ...]] = {
     "text": ("encoder", "tokenizer", "length", "examples"),
     "image": ("shape", "value_range"),
     "mask": ("shape",),
+    "size": ("shape",),
 }
+SIZES = 6
+"""Numbers of a size: height and width before and after cropping, with the crop's top and left between them."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class Condition:
 
     Fields:
         name: The network input it feeds.
-        kind: ``class``, ``text``, ``image`` or ``mask`` (1 where the sampler draws, 0 where it keeps).
+        kind: ``class``, ``text``, ``image`` or ``mask`` (1 where the sampler draws, 0 where it keeps), or
+            ``size``: what Stable Diffusion XL is told of the picture's (arXiv:2307.01952, section 2.2).
         size: Of a class: number of classes the caller may choose from; None where that has no meaning.
-        shape: Of an image or mask: (channels, height, width).
+        shape: Of an image or mask: (channels, height, width); of a size: that of the finished image.
         value_range: Of an image: values of black and white.
         encoder: Of a text: the network that makes the input of tokens.
         tokenizer: Of a text: name of the tokenizer's file in the bundle.
@@ -59,6 +63,12 @@ class Condition:
     tokenizer: str | None = None
     length: int | None = None
     examples: tuple[str, ...] | None = None
+
+    @property
+    def whole_size(self) -> tuple[float, ...]:
+        """Of a size: `SIZES` numbers that say the image is whole and of `shape`."""
+        _, height, width = self.shape or (1, 1, 1)
+        return (height, width, 0.0, 0.0, height, width)
 
 
 def condition_problems(condition: Condition) -> Iterator[str]:

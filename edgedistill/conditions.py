@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.choices import SIZES
 from edgedistill.errors import ContractError
 from edgedistill.images import from_pil
 from edgedistill.sampler import NULL, TOKENS
@@ -27,7 +28,7 @@ def network_conditions(
         count: Number of samples.
         guidance_scale: g, where 1 is no guidance; None: the table's default.
         given: One entry per sample, or one for all, by name. A class that is left out runs through all
-            classes in turn, a text through the condition's examples. A text is a prompt, or tokens
+            classes in turn, a text through the condition's examples; a size is that of a whole image. A text is a prompt, or tokens
             (integers), or embeddings; an image or mask is an array or a PIL image. What an embedding
             leaves to be told to the router comes under the router's name.
         tokenize: Turns prompts into tokens; None where there are none.
@@ -52,6 +53,8 @@ def network_conditions(
                 inputs[name] = _classes(condition, count, value)
             case "text":
                 inputs |= _text(condition, count, value, table.guidance.null.get(name), tokenize)
+            case "size":
+                inputs[name] = _sizes(condition, count, value)
             case _:
                 inputs[name] = _picture(condition, count, value)
     return {**inputs, **_guidance(table.guidance, count, guidance_scale)}
@@ -61,7 +64,7 @@ def entries(condition: Condition, value: Any) -> int | None:
     """Return for how many samples a value is given; None: one value for all."""
     if isinstance(value, list | tuple):
         return len(value)
-    rank = {"class": 1, "text": 3, "image": 4, "mask": 4}[condition.kind]
+    rank = {"class": 1, "text": 3, "image": 4, "mask": 4, "size": 2}[condition.kind]
     if condition.kind == "text" and not _floats(value):
         rank = 2
     return len(value) if np.ndim(value) == rank else None
@@ -127,6 +130,14 @@ def _picture(condition: Condition, count: int, given: Any) -> np.ndarray:
         msg = f"`{condition.name}` must lie in [{low:g}, {high:g}]."
         raise ContractError(msg)
     return np.broadcast_to(value, (count, *shape))
+
+
+def _sizes(condition: Condition, count: int, given: Any) -> np.ndarray:
+    value = np.asarray(condition.whole_size if given is None else given, np.float32)
+    if value.shape not in ((SIZES,), (count, SIZES)):
+        msg = f"`{condition.name}` must be {SIZES} numbers, or as many for each of {count} samples, got shape {value.shape}."
+        raise ContractError(msg)
+    return np.broadcast_to(value, (count, SIZES))
 
 
 def _repeated(condition: Condition, value: np.ndarray, count: int) -> np.ndarray:

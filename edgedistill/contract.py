@@ -25,7 +25,7 @@ class TensorSpec:
         dtype: One of ``DTYPES``.
         kind: What it means: ``x`` (state), ``t`` (timestep label), ``class``, ``w`` (guidance),
             ``raw`` (prediction); ``tokens`` of prompts, ``text`` and ``pooled`` (their embeddings);
-            ``image``, ``latent``; further kinds belong to later networks.
+            ``size`` of the picture; ``image``, ``latent``; further kinds belong to later networks.
     """
 
     name: str

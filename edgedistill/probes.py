@@ -63,7 +63,7 @@ def _changes(table: SamplerTable) -> list[tuple[str, Callable[[np.ndarray, int],
         elif item.kind == "text":
             if len(set(item.examples or ())) > 1:
                 found.append((TOKENS, _another))
-        else:
+        elif item.kind != "size":
             found.append((item.name, _another))
     guidance = table.guidance
     low, high = guidance.range
@@ -95,7 +95,7 @@ def example_conditions(
         held = (examples or {}).get(item.name)
         if held is not None:
             given[item.name] = np.resize(held, (count, *held.shape[1:]))
-        elif item.shape is not None:
+        elif item.kind in ("image", "mask") and item.shape is not None:
             given[item.name] = _drawn(item.shape, item.value_range, count)
     router = table.router
     if router is not None and router.table:

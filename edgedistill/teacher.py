@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgedistill.models.text import TextEncoder
+    from edgedistill.models.text_pair import TextEncoderPair
     from edgedistill.models.vae import Autoencoder
 
 _ASSETS = Path(str(resources.files("edgedistill"))) / "assets"
@@ -31,10 +32,9 @@ SCHEDULER = "scheduler_config.json"
 PROMPTS = "prompts.txt"
 _EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
 _NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
-_TEXT_ENCODERS = ("CLIPTextModel",)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 # Parts of pipelines that their networks cannot be called without.
-_UNKNOWN_PARTS = ("transformer", "text_encoder_2", "prior", "movq", "vqvae", "image_encoder_2")
+_UNKNOWN_PARTS = ("transformer", "text_encoder_3", "prior", "movq", "vqvae", "image_encoder_2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Teacher:
     classes: int | None
     null: Mapping[str, Any]
     fingerprint: str
-    text_encoder: "TextEncoder | None" = None
+    text_encoder: "TextEncoder | TextEncoderPair | None" = None
     tokenizer: text.Tokenizer | None = None
     examples: tuple[str, ...] = ()
     vae: "Autoencoder | None" = None
@@ -122,6 +122,8 @@ class Teacher:
                     examples=self.examples,
                 )
             )
+        if (size := self.signature.input("size")) is not None:
+            made.append(Condition(size.name, "size", shape=self.image_shape))
         return tuple(made)
 
     @property
@@ -187,7 +189,8 @@ class Teacher:
         """Encode prompts.
 
         Returns:
-            float32 ``encoder_hidden_states`` (count, length, dim) and ``pooled`` (count, dim).
+            float32 ``encoder_hidden_states`` (count, length, dim), and the embedding of the whole prompt
+            (count, dim): ``pooled``, or ``text_embeds`` where the network takes it.
 
         Raises:
             ConfigError: If the network reads no text.
@@ -241,8 +244,8 @@ class Teacher:
 
         Args:
             name: ``"digits"`` or ``"captioned_digits"``; or a folder with ``unet/`` and ``scheduler/``, and
-                for a network that reads text ``text_encoder/`` and ``tokenizer/``, for one of latents
-                ``vae/``; or the folder of a `UNet2DModel` with ``scheduler_config.json`` in it or in its
+                for a network that reads text ``text_encoder/`` and ``tokenizer/`` (Stable Diffusion XL's:
+                also ``text_encoder_2/`` and ``tokenizer_2/``), for one of latents ``vae/``; or the folder of a `UNet2DModel` with ``scheduler_config.json`` in it or in its
                 parent. ``prompts.txt`` in it, one per line, are its examples.
             null_class: Whether the network's last class embedding stands for "no class". The null text is
                 always the empty one.
@@ -278,6 +281,7 @@ class Teacher:
 def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Teacher:
     """Open a teacher, or its configurations alone where it is `bare`."""
     from edgedistill.models import store
+    from edgedistill.models.prompts import open_reader
 
     folder = root / "unet" if (root / "unet").is_dir() else root
     if not folder.is_dir():
@@ -286,7 +290,8 @@ def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Tea
     _refuse_unknown_parts(root)
     scheduler = _scheduler_file(root)
     Schedule.from_config(read_json(scheduler))
-    networks = {folder: _load(folder, _NETWORKS, bare=bare)}
+    networks = {folder: store.open_one_of(folder, _NETWORKS, bare=bare)}
+    files: tuple[Path, ...] = ()
     signature = store.signature(networks[folder])
     embeddings = store.config_of(networks[folder]).get("num_class_embeds")
     labels, words = signature.input("class"), signature.input("text")
@@ -296,13 +301,13 @@ def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Tea
     parts: dict[str, Any] = {}
     if words is not None:
         null[words.name] = ""
-        parts = {"examples": _examples(root)}
-        if not bare:
-            parts["tokenizer"] = text.Tokenizer.open(root / "tokenizer")
-        parts["text_encoder"] = _load(root / "text_encoder", _TEXT_ENCODERS, bare=bare)
-        networks[root / "text_encoder"] = parts["text_encoder"]
+        reader = open_reader(root, bare=bare)
+        networks, files = {**networks, **reader.parts}, (*files, *reader.files)
+        parts = {"text_encoder": reader.encoder, "tokenizer": reader.tokenizer}
+        parts["examples"] = _examples(root)
     if (root / "vae").is_dir():
-        parts["vae"] = networks[root / "vae"] = _load(root / "vae", _AUTOENCODERS, bare=bare)
+        vae = store.open_one_of(root / "vae", _AUTOENCODERS, bare=bare)
+        parts["vae"] = networks[root / "vae"] = vae
     made = Teacher(
         name=name,
         network=networks[folder],
@@ -310,24 +315,11 @@ def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Tea
         signature=signature,
         classes=embeddings - (labels.name in null) if labels and embeddings else None,
         null=null,
-        fingerprint="" if bare else _fingerprint(scheduler, networks, root / "tokenizer"),
+        fingerprint="" if bare else _fingerprint(scheduler, networks, files),
         **parts,
     )
     _refuse_strangers(made)
     return made
-
-
-def _load(folder: Path, kinds: Sequence[str], *, bare: bool) -> "nn.Module":
-    """Load a network that is of one of these classes, or build it without its weights."""
-    from edgedistill.models import store
-
-    kind = store.class_name(read_json(folder / "config.json"))
-    if kind not in kinds:
-        msg = f"{folder}: is a {kind}; a teacher has one of {', '.join(kinds)} here."
-        raise BundleError(msg)
-    if bare:
-        return store.build(read_json(folder / "config.json"), str(folder)).eval()
-    return store.load(folder)
 
 
 def _refuse_unknown_parts(root: Path) -> None:
@@ -344,13 +336,20 @@ def _refuse_strangers(teacher: Teacher) -> None:
         BundleError: Saying which.
     """
     problems = []
-    words, encoder = teacher.signature.input("text"), teacher.text_encoder
-    if words is not None and encoder is not None and teacher.tokenizer is not None:
-        dim, vocabulary = encoder.config["hidden_size"], encoder.config["vocab_size"]
-        if words.shape[2] != dim:
-            problems.append(f"text_encoder/ makes {dim} numbers per token, unet/ {words.shape[2]}")
-        if teacher.tokenizer.vocabulary_size > vocabulary:
-            problems.append(f"tokenizer/ knows more words than text_encoder/, {vocabulary}")
+    encoder = teacher.text_encoder
+    if encoder is not None:
+        made = {spec.name: spec.shape[-1] for spec in encoder.signature.outputs}
+        for spec in (teacher.signature.input(kind) for kind in ("text", "pooled")):
+            if spec is not None and made.get(spec.name) != spec.shape[-1]:
+                found = made.get(spec.name, "no")
+                problems.append(
+                    f"text_encoder/ makes {found} numbers of `{spec.name}`, unet/ takes {spec.shape[-1]}"
+                )
+        words = teacher.tokenizer.vocabulary_size if teacher.tokenizer is not None else 0
+        if words > encoder.vocabulary_size:
+            problems.append(
+                f"tokenizer/ knows more words than text_encoder/, {encoder.vocabulary_size}"
+            )
     if teacher.vae is not None:
         made, taken = dict(teacher.vae.config)["latent_channels"], teacher.shape[0]
         if made != taken:
@@ -367,14 +366,15 @@ def _examples(root: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip()) or _EXAMPLES
 
 
-def _fingerprint(scheduler: Path, networks: "Mapping[Path, nn.Module]", tokenizer: Path) -> str:
+def _fingerprint(
+    scheduler: Path, networks: "Mapping[Path, nn.Module]", further: Sequence[Path]
+) -> str:
     from edgedistill.models import store
 
     files = [scheduler]
     for folder, network in networks.items():
         files += [folder / "config.json", folder / store.weights_file(network)]
-    files += sorted(path for path in tokenizer.glob("*") if path.is_file())
-    return hashlib.sha256("\n".join(map(sha256, files)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(sha256, [*files, *further])).encode()).hexdigest()
 
 
 def _scheduler_file(root: Path) -> Path:

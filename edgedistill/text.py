@@ -1,5 +1,6 @@
 """Prompts to token numbers, without torch: a `tokenizer.json` on the `tokenizers` package."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILE = "tokenizer.json"
+_READING = ("normalizer", "pre_tokenizer", "model", "post_processor")
 _CLIP_FILES = ("vocab.json", "merges.txt")
 # How OpenAI's CLIP cuts text: contractions, words, single digits, runs of anything else.
 _CLIP_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -63,6 +65,16 @@ class Tokenizer:
     def vocabulary_size(self) -> int:
         """Number of tokens; the numbers run from 0."""
         return int(self._inner.get_vocab_size())
+
+    @property
+    def padding(self) -> int:
+        """The token that fills short prompts."""
+        return int(self._inner.padding["pad_id"])
+
+    def reads_like(self, other: "Tokenizer") -> bool:
+        """Whether both make the same tokens of a prompt, padding aside."""
+        mine, theirs = (json.loads(item._inner.to_str()) for item in (self, other))
+        return all(mine[part] == theirs[part] for part in _READING)
 
     def encode(self, prompts: Sequence[str], length: int) -> np.ndarray:
         """Turn prompts into token numbers.

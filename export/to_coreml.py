@@ -35,6 +35,7 @@ _MEANINGS = {
     "tokens": "The prompt in tokens.",
     "text": "The embedding of each token of the prompt.",
     "pooled": "The embedding of the prompt.",
+    "size": "Height, width, top, left, height, width: of the picture, its crop, and what is made of it.",
     "image": "The image that is the condition.",
     "mask": "1 where something is drawn, 0 where the image is kept.",
     "residual": "What is added to a skip connection.",

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, scalar_embedding
 
+ADDED = ("text_embeds", "time_ids")
+"""What a stock network of Stable Diffusion XL takes beside its text: the embedded prompt, and sizes."""
 # Further inputs of a stock network, which have no place in a table yet.
-_NONE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+_NONE = ("class_embed_type", "encoder_hid_dim_type")
 
 
 class ExtendedUNet2DConditionModel(UNet2DConditionModel):
@@ -50,6 +52,7 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
         **inputs: Tensor,
     ) -> Tensor:
         """Predict raw.
@@ -59,6 +62,7 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
             timestep: (batch,) label of the time.
             encoder_hidden_states: (batch, length, dim) text.
             class_labels: (batch,) integers, or None.
+            added_cond_kwargs: What `ADDED` names, or None.
             **inputs: Scalars (batch,), ``image`` and ``residual_i`` (batch, ., ., .), as configured.
         """
         scalars = [scalar_embedding(inputs[n], s) for n, s in self.inputs.scalars.items()]
@@ -72,6 +76,7 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
                 timestep,
                 encoder_hidden_states,
                 class_labels=class_labels,
+                added_cond_kwargs=added_cond_kwargs,
                 timestep_cond=torch.cat(scalars, dim=1).to(sample.dtype) if scalars else None,
                 down_block_additional_residuals=residuals[:-1] if residuals else None,
                 mid_block_additional_residual=residuals[-1] if residuals else None,
@@ -104,6 +109,8 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
         ValueError: If the configuration asks for an input that is not known here.
     """
     unknown = [f"{name} {config[name]!r}" for name in _NONE if config.get(name) is not None]
+    if (added := config.get("addition_embed_type")) not in (None, "text_time"):
+        unknown.append(f"addition_embed_type {added!r}")
     if isinstance(dims := config.get("cross_attention_dim"), list | tuple):
         unknown.append(f"cross_attention_dim {dims!r}")
     if unknown:

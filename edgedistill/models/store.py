@@ -1,6 +1,6 @@
 """Networks on disk: a diffusers folder of config.json and safetensors, read without pickle."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edgedistill.choices import SIZES
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
-from edgedistill.models.conditional import build_conditional, build_extended_conditional
+from edgedistill.models.conditional import ADDED, build_conditional, build_extended_conditional
 from edgedistill.models.residuals import build_residual_encoder
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
@@ -25,6 +26,12 @@ def _text_encoder(config: dict[str, Any]) -> nn.Module:
     from edgedistill.models.text import build_text_encoder
 
     return build_text_encoder(config)
+
+
+def _text_pair(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.text_pair import build_text_pair
+
+    return build_text_pair(config)
 
 
 def _autoencoder(config: dict[str, Any]) -> nn.Module:
@@ -49,6 +56,8 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
     "UNet2DConditionModel": build_conditional,
     "CLIPTextModel": _text_encoder,
+    "CLIPTextModelWithProjection": _text_encoder,
+    "TextEncoderPair": _text_pair,
     "AutoencoderKL": _autoencoder,
     "AutoencoderTiny": _autoencoder,
     "VaeEncoder": _half_autoencoder,
@@ -107,6 +116,19 @@ def load(folder: Path) -> nn.Module:
         raise BundleError(msg)
     network.load_state_dict(state)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def open_one_of(folder: Path, kinds: Sequence[str], *, bare: bool = False) -> nn.Module:
+    """Load a network that is of one of these classes, or build it without its weights where it is `bare`.
+
+    Raises:
+        BundleError: As `load`, or if it is of another class.
+    """
+    config = read_json(folder / "config.json")
+    if class_name(config) not in kinds:
+        msg = f"{folder}: is a {class_name(config)}; a teacher has one of {', '.join(kinds)} here."
+        raise BundleError(msg)
+    return build(config, str(folder)).eval() if bare else load(folder)
 
 
 def _renamed(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,15 +208,22 @@ def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
     diffusers' networks return an object with the prediction as `sample`, also from inside of a wrapper.
     """
-    made = network(**inputs)
+    made = network(**_arguments(inputs))
     return getattr(made, "sample", made)
 
 
 def call_outputs(network: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     """Call a network by input names and return all that it answers, in the order of its signature."""
-    made = network(**inputs)
+    made = network(**_arguments(inputs))
     plain = getattr(made, "sample", made)
     return tuple(plain) if isinstance(plain, tuple | list) else (plain,)
+
+
+def _arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Hand over what diffusers' networks take in one bag, as they want it."""
+    bag = {name: inputs[name] for name in ADDED if name in inputs}
+    plain = {name: value for name, value in inputs.items() if name not in bag}
+    return {**plain, "added_cond_kwargs": bag} if bag else plain
 
 
 def signature(network: nn.Module) -> Signature:
@@ -213,6 +242,11 @@ def signature_of(config: Mapping[str, Any]) -> Signature:
     ]
     if dim := config.get("cross_attention_dim"):
         inputs.append(TensorSpec("encoder_hidden_states", (BATCH, LENGTH, dim), "float32", "text"))
+    if config.get("addition_embed_type") == "text_time":
+        wide = config["projection_class_embeddings_input_dim"]
+        pooled = wide - SIZES * config["addition_time_embed_dim"]
+        for name, size, kind in zip(ADDED, (pooled, SIZES), ("pooled", "size"), strict=True):
+            inputs.append(TensorSpec(name, (BATCH, size), "float32", kind))
     if config.get("num_class_embeds"):
         inputs.append(TensorSpec("class_labels", (BATCH,), "int32", "class"))
     inputs += [

@@ -1,11 +1,11 @@
-"""A text encoder with one way to be called: CLIP's text model from token numbers to embeddings."""
+"""Text encoders with one way to be called: CLIP's text models from token numbers to embeddings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
 
@@ -21,18 +21,20 @@ class TextEncoder(nn.Module):
     round. A token attends to those before it; the padding lies behind the end token.
 
     Args:
-        stock: The stock model; its modules become this one's, under the same names.
+        stock: The stock model, or the one with a projection; its modules become this one's, under the same
+            names.
     """
 
     weights_file = "model.safetensors"
 
-    def __init__(self, stock: CLIPTextModel) -> None:
+    def __init__(self, stock: CLIPTextModel | CLIPTextModelWithProjection) -> None:
         super().__init__()
         config = stock.config
         public = {k: v for k, v in config.to_diff_dict().items() if k not in _OF_THE_WRITER}
-        name = CLIPTextModel.__name__
+        name = type(stock).__name__
         self.config: dict[str, Any] = {**public, "architectures": [name], "_class_name": name}
         self.text_model: Any = stock.text_model
+        self.text_projection: nn.Module | None = getattr(stock, "text_projection", None)
         # Configurations from before transformers 4.31 say 2, whatever the vocabulary's end token is.
         self._end: int | None = None if config.eos_token_id == 2 else config.eos_token_id
 
@@ -42,12 +44,16 @@ class TextEncoder(nn.Module):
         return int(self.config["max_position_embeddings"])
 
     @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that have an embedding."""
+        return int(self.config["vocab_size"])
+
+    @property
     def signature(self) -> Signature:
         """``input_ids`` in, ``encoder_hidden_states`` and ``pooled`` out."""
-        dim = self.config["hidden_size"]
-        tokens = TensorSpec("input_ids", (BATCH, self.length), "int32", "tokens")
-        text = TensorSpec("encoder_hidden_states", (BATCH, self.length, dim), "float32", "text")
-        return Signature((tokens,), (text, TensorSpec("pooled", (BATCH, dim), "float32", "pooled")))
+        projected = self.text_projection is not None
+        pooled = self.config["projection_dim" if projected else "hidden_size"]
+        return prompt_signature(self.length, self.config["hidden_size"], "pooled", pooled)
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Encode prompts.
@@ -56,21 +62,52 @@ class TextEncoder(nn.Module):
             input_ids: (batch, length) integers, start and end token included.
 
         Returns:
-            The embedding of each token, (batch, length, dim), and that of the end token, (batch, dim).
+            The embedding of each token, (batch, length, dim), and that of the end token, (batch, dim),
+            through the projection where there is one.
         """
+        last = self.layers(input_ids)[-1]
+        return self.text_model.final_layer_norm(last), self.pooled(last, self.ends(input_ids))
+
+    def layers(self, input_ids: Tensor) -> Sequence[Tensor]:
+        """Return what enters the first layer, and what leaves each, (batch, length, dim), not normalised."""
         parts, length = self.text_model, input_ids.shape[1]
         hidden = parts.embeddings(input_ids=input_ids)
         mask = torch.full((length, length), _MASKED, dtype=hidden.dtype, device=hidden.device)
         causal = mask.triu(1)[None, None].expand(len(input_ids), 1, length, length)
-        encoded = parts.encoder(inputs_embeds=hidden, causal_attention_mask=causal)
-        hidden = parts.final_layer_norm(encoded.last_hidden_state)
+        made = parts.encoder(
+            inputs_embeds=hidden, causal_attention_mask=causal, output_hidden_states=True
+        )
+        states: Sequence[Tensor] = made.hidden_states
+        return states
+
+    def ends(self, input_ids: Tensor) -> Tensor:
+        """Return the place (batch,) of the first end token of each prompt."""
         # In a vocabulary of those configurations the end token is the highest number.
         marks = input_ids if self._end is None else input_ids == input_ids.new_tensor(self._end)
-        places = marks.int().argmax(dim=1)[:, None, None]
-        return hidden, hidden.gather(1, places.expand(-1, 1, hidden.shape[2]))[:, 0]
+        return marks.int().argmax(dim=1)
+
+    def pooled(self, hidden: Tensor, ends: Tensor) -> Tensor:
+        """Return the embedding (batch, dim) of a prompt from what leaves the last layer, and the place of its end."""
+        hidden = self.text_model.final_layer_norm(hidden)
+        places = ends[:, None, None].expand(-1, 1, hidden.shape[2])
+        chosen = hidden.gather(1, places)[:, 0]
+        return chosen if self.text_projection is None else self.text_projection(chosen)
+
+
+def prompt_signature(length: int, dim: int, pooled: str, pooled_dim: int) -> Signature:
+    """Return the signature of what makes embeddings of tokens; `pooled` names that of the whole prompt."""
+    return Signature(
+        (TensorSpec("input_ids", (BATCH, length), "int32", "tokens"),),
+        (
+            TensorSpec("encoder_hidden_states", (BATCH, length, dim), "float32", "text"),
+            TensorSpec(pooled, (BATCH, pooled_dim), "float32", "pooled"),
+        ),
+    )
 
 
 def build_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
-    """Build an untrained text encoder from the configuration of a `CLIPTextModel`."""
+    """Build an untrained text encoder from the configuration of a stock model, with a projection or without."""
     public = {key: value for key, value in config.items() if not key.startswith("_")}
-    return TextEncoder(CLIPTextModel(CLIPTextConfig(**public)))
+    projects = config.get("_class_name") == CLIPTextModelWithProjection.__name__
+    kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+    return TextEncoder(kind(CLIPTextConfig(**public)))

@@ -103,6 +103,7 @@ class EncodedData:
         null: Values that stand for "no condition"; of the class input here.
         text: Every caption, or None.
         seed: Key of the order.
+        sizes: By the name of the network's input, what all samples say of their size.
         kept: Numbers of the states that belong to this set; None: all.
     """
 
@@ -113,9 +114,10 @@ class EncodedData:
         null: Mapping[str, Any],
         text: Captions | None,
         seed: int,
+        sizes: Mapping[str, Tensor],
         kept: Tensor | None = None,
     ) -> None:
-        self._states, self._labels, self._text = states, labels, text
+        self._states, self._labels, self._text, self._sizes = states, labels, text, sizes
         self._null, self._seed = null, seed
         self._kept = torch.arange(len(states)) if kept is None else kept
         self._order = EpochOrder(seed, len(self._kept))
@@ -133,6 +135,7 @@ class EncodedData:
             null["class_labels"] = torch.full((len(numbers),), value, dtype=torch.int32)
         if self._text is not None:
             null |= {k: v.expand(len(numbers), *v.shape[1:]) for k, v in self._text.null.items()}
+        null |= self._told(len(numbers)) if null else {}
         x = self._states.take(numbers).to(device)
         return Batch(x, _moved(self._conditions(numbers), device), _moved(null, device))
 
@@ -157,11 +160,17 @@ class EncodedData:
             )
             raise ConfigError(msg)
         kept = self._kept[mask]
-        return EncodedData(self._states, self._labels, self._null, self._text, self._seed, kept)
+        held = (self._states, self._labels, self._null, self._text, self._seed, self._sizes)
+        return EncodedData(*held, kept)
 
     def _conditions(self, numbers: Tensor) -> dict[str, Tensor]:
-        labels = {} if self._labels is None else {"class_labels": self._labels[numbers]}
-        return labels if self._text is None else {**labels, **self._text.take(numbers)}
+        made = self._told(len(numbers))
+        if self._labels is not None:
+            made["class_labels"] = self._labels[numbers]
+        return made if self._text is None else {**made, **self._text.take(numbers)}
+
+    def _told(self, count: int) -> dict[str, Tensor]:
+        return {name: value.expand(count, -1) for name, value in self._sizes.items()}
 
 
 def encode(
@@ -197,7 +206,12 @@ def encode(
     if teacher.text_encoder is not None and data.captions is not None:
         with _placed(teacher.text_encoder, device):
             text = _captions(data.captions, teacher, cache)
-    return EncodedData(states, labels, teacher.null, text, seed)
+    sizes = {
+        item.name: torch.tensor([item.whole_size])
+        for item in teacher.conditions
+        if item.kind == "size"
+    }
+    return EncodedData(states, labels, teacher.null, text, seed, sizes)
 
 
 def _refuse_misfits(data: ImageDataset, teacher: Teacher) -> None:

@@ -1,6 +1,7 @@
 """Gradient checkpointing: blocks that keep their inputs alone, and run again in the backward pass."""
 
 import functools
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +13,7 @@ def checkpoint_blocks(network: nn.Module) -> None:
     The blocks have a switch of their own, which the networks that are made of them keep.
     """
     again = functools.partial(checkpoint, use_reentrant=False)
-    for module in network.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = again
+    blocks: list[Any] = [m for m in network.modules() if hasattr(m, "gradient_checkpointing")]
+    for block in blocks:
+        block.gradient_checkpointing = True
+        block._gradient_checkpointing_func = again

@@ -255,10 +255,10 @@ def test_pipelines_that_are_not_known_are_refused_by_name(tmp_path: Path) -> Non
     def broken(name: str) -> Path:
         return Path(shutil.copytree(whole, tmp_path / name))
 
-    second = broken("second")
-    (second / "text_encoder_2").mkdir()
-    with pytest.raises(BundleError, match="text_encoder_2: pipelines with this part are not known"):
-        Teacher.open(second)
+    third = broken("third")
+    (third / "text_encoder_3").mkdir()
+    with pytest.raises(BundleError, match="text_encoder_3: pipelines with this part are not known"):
+        Teacher.open(third)
     other = broken("other")
     edit(other / "vae" / "config.json", _class_name="VQModel")
     with pytest.raises(BundleError, match="vae: is a VQModel; .* AutoencoderKL, AutoencoderTiny"):
@@ -268,8 +268,8 @@ def test_pipelines_that_are_not_known_are_refused_by_name(tmp_path: Path) -> Non
     with pytest.raises(BundleError, match="`latents_mean` and `latents_std` are not known"):
         Teacher.open(normalised)
     added = broken("added")
-    edit(added / "unet" / "config.json", addition_embed_type="text_time")
-    with pytest.raises(BundleError, match="not known here: addition_embed_type 'text_time'"):
+    edit(added / "unet" / "config.json", addition_embed_type="text_image")
+    with pytest.raises(BundleError, match="not known here: addition_embed_type 'text_image'"):
         Teacher.open(added)
     scheduled = broken("scheduled")
     edit(scheduled / "scheduler" / "scheduler_config.json", _class_name="VQDiffusionScheduler")
@@ -294,7 +294,8 @@ def test_parts_of_different_pipelines_are_refused(tmp_path: Path) -> None:
         folder / "unet",
     )
     with pytest.raises(
-        BundleError, match="32 numbers per token, unet/ 16; vae/ makes latents of 4 channels"
+        BundleError,
+        match="32 numbers of `encoder_hidden_states`, unet/ takes 16; vae/ makes latents of 4 channels",
     ):
         Teacher.open(folder)
 
