@@ -1,5 +1,6 @@
 """What a picture may be controlled by: pure functions of clean images, on numpy arrays and torch tensors alike."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from edgedistill.errors import ConfigError
@@ -78,20 +79,23 @@ def edges(x: Array) -> Array:
     left, right = _neighbours(width)
     rows = (grey[:, :, down] - grey[:, :, up]) / 2
     columns = (grey[..., right] - grey[..., left]) / 2
-    return ((rows**2 + columns**2) ** 0.5).clip(0, 1)
+    # What is added keeps the gradient of a flat image finite.
+    return ((rows**2 + columns**2 + 1e-12) ** 0.5).clip(0, 1)
 
 
-def control_error(task: Task, samples: Array, controls: dict[str, Array], factor: int = 2) -> float:
+def control_error(
+    task: Task, samples: Array, controls: Mapping[str, Array], factor: int = 2
+) -> Array:
     """Return how far samples are from what they were told: the mean squared error of their own controls.
 
     For inpainting that is the error of the pixels that were known.
     """
     if task == "edges":
-        return float(((edges(samples) - controls["image"]) ** 2).mean())
+        return ((edges(samples) - controls["image"]) ** 2).mean()
     if task == "super_resolution":
-        return float(((low_resolution(samples, factor) - controls["image"]) ** 2).mean())
+        return ((low_resolution(samples, factor) - controls["image"]) ** 2).mean()
     known = (samples * 0 + 1) * (1 - controls["mask"])
-    return float((known * (samples - controls["image"]) ** 2).sum() / known.sum())
+    return (known * (samples - controls["image"]) ** 2).sum() / known.sum()
 
 
 def impose(

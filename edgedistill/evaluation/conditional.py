@@ -145,7 +145,7 @@ def measured(
         name,
         nfe,
         evaluator.frechet(samples),
-        control_error(given.task, samples, given.controls, given.factor),
+        float(control_error(given.task, samples, given.controls, given.factor)),
         float(np.mean((samples - given.images) ** 2)),
         imposed,
     )

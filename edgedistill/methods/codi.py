@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedistill.data.controls import CHANCES, Task, control_conditions, controls_of
+from edgedistill.data.controls import CHANCES, Task, control_conditions, control_error, controls_of
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
 from edgedistill.methods.losses import Weighting, weighted_mse
@@ -70,6 +70,7 @@ class CodiSettings:
         agreement: Weight of the consistency over one jump.
         guidance: Weight of the distance to the data.
         weighting: Of the distance to the data by noise level; None: plain, as in the paper.
+        fidelity: Weight of the distance of the estimate's own control to the given one; not of the paper.
         timestep_scaling: How fast the boundary condition fades with the time.
         ema: Rate of the average that is the target, and is written.
         train: Length and optimizer.
@@ -89,6 +90,7 @@ class CodiSettings:
     agreement: float = 1.0
     guidance: float = 1.0
     weighting: Weighting | None = None
+    fidelity: float = 0.0
     timestep_scaling: float = 10.0
     ema: float = 0.99995
     train: Stretch = field(
@@ -105,8 +107,9 @@ class CodiSettings:
         if self.control == "channels" and (self.trains, self.cut) != ("all", CutSettings()):
             msg = "With `control: channels` there is no adapter: set `trains: all` and leave `cut` out."
             raise ConfigError(msg)
-        if min(self.agreement, self.guidance) < 0 or self.agreement + self.guidance == 0:
-            msg = f"`agreement` and `guidance` must not be negative, nor both 0, got {self.agreement} and {self.guidance}."
+        weights = (self.agreement, self.guidance, self.fidelity)
+        if min(weights) < 0 or self.agreement + self.guidance == 0:
+            msg = f"`agreement`, `guidance` and `fidelity` must not be negative, nor the first two both 0, got {weights}."
             raise ConfigError(msg)
 
 
@@ -245,6 +248,9 @@ def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
                 else weighted_mse(student, x0, x, t, weighting)
             )
             terms["guidance"] = settings.guidance * error
+        if settings.fidelity:
+            error = control_error(settings.task, x0, controls, settings.factor)
+            terms["fidelity"] = settings.fidelity * error
         if settings.agreement:
             kept = noise if settings.state == "noised" else eps
             target = agreement_target(average, x0, kept, s, conditions, settings.timestep_scaling)

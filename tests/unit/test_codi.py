@@ -278,7 +278,7 @@ def test_guidance_of_0_is_the_unconditional_branch(context) -> None:
         ({"steps": ()}, r"`steps` must lie in \[1, 50\]"),
         ({"steps": (51,)}, r"`steps` must lie in \[1, 50\]"),
         ({"control": "channels"}, "set `trains: all` and leave `cut` out"),
-        ({"agreement": 0.0, "guidance": 0.0}, "nor both 0"),
+        ({"agreement": 0.0, "guidance": 0.0}, "nor the first two both 0"),
         ({"agreement": -1.0}, "must not be negative"),
     ],
 )

@@ -65,7 +65,7 @@ def test_edges_are_slopes() -> None:
     found = edges(ramp)
     assert np.allclose(found[..., 1:-1], 2 / 11)
     assert np.allclose(found[..., [0, -1]], 1 / 11)
-    assert np.array_equal(edges(ramp * 0 + 0.3), np.zeros((1, 1, 8, 12)))
+    assert edges(ramp * 0 + 0.3).max() < 1e-5
 
 
 @pytest.mark.parametrize("task", ["super_resolution", "inpainting"])
