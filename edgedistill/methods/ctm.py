@@ -70,7 +70,8 @@ class DenoisingSettings:
     """The denoising loss, and the noise levels sigma/alpha that it is drawn at.
 
     Fields:
-        weight: Multiplies its balanced weight; 0 leaves it out.
+        weight: Multiplies its balanced weight; 0 leaves it out. Without it the consistency loss, which sees
+            states only by where the moving average takes them, lets several jumps in a row gather noise.
         mean, deviation: Of the logarithm of the level, for the first share of samples.
         high: The other samples' levels lie this far down the polynomial grid, from 0 (noise) to 1.
         share: Of samples at the log-normal levels.
@@ -321,7 +322,7 @@ class _Objective:
         """Return the error of g(z, t, t), weighted as EDM's."""
         settings, student = self.settings, step.roles["student"]
         levels = denoising_levels(settings, student.schedule, step.draw)
-        t = torch.from_numpy(student.schedule.label_of(levels.cpu().numpy())).to(levels.device)
+        t = student.label_of(levels)
         z = noised_data(student, step.batch, t, step.draw)
         target = step.batch.x
         if settings.w:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from edgedistill.errors import ConfigError
@@ -59,8 +58,10 @@ class GridSettings:
     def level(self, schedule: Schedule, place: Tensor) -> Tensor:
         """Return the noise levels sigma/alpha at places from 0 (noise) to 1 on the polynomial grid."""
         levels = schedule.levels[np.isfinite(schedule.levels)]
-        high, low = (x ** (1 / self.rho) for x in (self.sigma_max or levels[-1], levels[0]))
-        return torch.as_tensor(high + place * (low - high)) ** self.rho
+        ends = self.sigma_max or levels[-1], levels[0]
+        high, low = (float(level) ** (1 / self.rho) for level in ends)
+        made: Tensor = (high + place * (low - high)) ** self.rho
+        return made
 
 
 def jump(

@@ -57,6 +57,11 @@ class Denoiser(nn.Module):
         """Return alpha and sigma, each (batch, 1, 1, 1), of labels t (batch,)."""
         return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
 
+    def label_of(self, levels: Tensor) -> Tensor:
+        """Return the labels whose noise levels sigma/alpha are nearest, as `Schedule.label_of`; shaped as given."""
+        known = self.sigmas[:-1] / self.alphas[:-1]
+        return torch.bucketize(levels, (known[:-1] * known[1:]).sqrt(), right=True)
+
     def raw(self, z: Tensor, t: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
         """Return the network's prediction, shaped as z.
 

@@ -359,6 +359,14 @@ def test_levels_of_the_denoising_loss() -> None:
     assert levels.min() == pytest.approx(lowest, rel=1e-2)
 
 
+@pytest.mark.parametrize(("config", "kind"), FAMILIES)
+def test_a_denoiser_finds_labels_as_its_schedule_does(config: dict[str, Any], kind: str) -> None:
+    schedule = Schedule.from_config(config)
+    levels = np.append(np.geomspace(1e-4, 1e4, 500), schedule.levels[:-1])
+    found = Denoiser(Wave(), schedule, PredictionType(kind)).label_of(torch.tensor(levels))
+    assert found.tolist() == schedule.label_of(levels).tolist()
+
+
 def test_balanced_losses_move_the_last_layer_alike() -> None:
     weight = nn.Parameter(torch.tensor([[1.0, 2.0]]))
     x = torch.tensor([3.0, 4.0])
