@@ -85,14 +85,23 @@ def trial(evaluator: Evaluator, task: Task, factor: int = 2, seed: int = 0) -> T
 
 
 def follow_student(
-    student: Student, given: Trial, evaluator: Evaluator, seed: int = 0
+    student: Student, given: Trial, evaluator: Evaluator, seed: int = 0, *, free: bool = False
 ) -> Following:
-    """Sample a student of the trial's task under its controls, and measure."""
+    """Sample a student of the trial's task under its controls, and measure.
+
+    Args:
+        student: The student.
+        given: What is to be followed.
+        evaluator: Measures.
+        seed: Of the first sample's noise.
+        free: Leave out what the table puts back of the known pixels.
+    """
+    table = _free(student.table) if free else student.table
     modules = {name: store.load(student.folder(name)) for name in student.signatures}
     conditions: dict[str, Any] = dict(given.controls)
-    if student.table.condition("class") is not None:
+    if table.condition("class") is not None:
         conditions["class_labels"] = given.labels
-    samples = sample_torch(modules, student.table, len(given.images), seed=seed, **conditions)
+    samples = sample_torch(modules, table, len(given.images), seed=seed, **conditions)
     return measured(student.name, student.table.nfe, samples, given, evaluator)
 
 
@@ -149,6 +158,16 @@ def measured(
         float(np.mean((samples - given.images) ** 2)),
         imposed,
     )
+
+
+def _free(table: SamplerTable) -> SamplerTable:
+    stages = tuple(
+        dataclasses.replace(
+            stage, rows=tuple(dataclasses.replace(row, blend=None) for row in stage.rows)
+        )
+        for stage in table.stages
+    )
+    return dataclasses.replace(table, stages=stages)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ from edgedistill.models.slim import CutSettings, cut
 from edgedistill.prediction import boundary_coefficients
 from edgedistill.rows import boundary_row
 from edgedistill.schedule import Schedule
-from edgedistill.table import Condition, SamplerTable
+from edgedistill.table import Blend, Condition, SamplerTable
 
 Conditions = dict[str, Tensor]
 EXAMPLES = 32
@@ -71,6 +71,7 @@ class CodiSettings:
         guidance: Weight of the distance to the data.
         weighting: Of the distance to the data by noise level; None: plain, as in the paper.
         fidelity: Weight of the distance of the estimate's own control to the given one; not of the paper.
+        keeps: Whether the sampler puts the known pixels of inpainting back in the end.
         timestep_scaling: How fast the boundary condition fades with the time.
         ema: Rate of the average that is the target, and is written.
         train: Length and optimizer.
@@ -91,6 +92,7 @@ class CodiSettings:
     guidance: float = 1.0
     weighting: Weighting | None = None
     fidelity: float = 0.0
+    keeps: bool = False
     timestep_scaling: float = 10.0
     ema: float = 0.99995
     train: Stretch = field(
@@ -106,6 +108,9 @@ class CodiSettings:
             raise ConfigError(msg)
         if self.control == "channels" and (self.trains, self.cut) != ("all", CutSettings()):
             msg = "With `control: channels` there is no adapter: set `trains: all` and leave `cut` out."
+            raise ConfigError(msg)
+        if self.keeps and self.task != "inpainting":
+            msg = f"`keeps` is for inpainting; a sampler for {self.task} knows no pixels."
             raise ConfigError(msg)
         weights = (self.agreement, self.guidance, self.fidelity)
         if min(weights) < 0 or self.agreement + self.guidance == 0:
@@ -205,7 +210,7 @@ def _table(
     schedule = context.schedule
     grid = jump_grid(schedule, settings.jumps, settings.spacing)
     network = ("adapter", "unet") if settings.control == "adapter" else "unet"
-    rows = tuple(
+    rows = [
         boundary_row(
             schedule,
             t,
@@ -215,9 +220,14 @@ def _table(
             network=network,
         )
         for t, s in row_times(grid, settings.jumps, count)
-    )
-    table = context.table(rows, task=settings.task)
-    return dataclasses.replace(table, conditions=(*context.conditions, *controls))
+    ]
+    table = context.table(tuple(rows), task=settings.task)
+    table = dataclasses.replace(table, conditions=(*context.conditions, *controls))
+    if not settings.keeps:
+        return table
+    rows[-1] = dataclasses.replace(rows[-1], blend=Blend(known=1.0))
+    stage = dataclasses.replace(table.stages[0], rows=tuple(rows))
+    return dataclasses.replace(table, stages=(stage,))
 
 
 def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
@@ -225,8 +235,7 @@ def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
     labels = torch.tensor(grid)
 
     def loss(step: Step) -> Losses:
-        x, draw = step.batch.x, step.draw
-        student, average = step.roles["student"], step.roles["average"]
+        x, draw, student = step.batch.x, step.draw, step.roles["student"]
         chances = torch.stack([draw.uniform(0.0, 1.0) for _ in range(CHANCES)], dim=1)
         controls = controls_of(settings.task, x, chances, settings.factor)
         conditions = {**step.batch.conditions, **controls}
@@ -236,30 +245,40 @@ def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
         t, s = (labels.to(x.device)[places - back] for back in (0, 1))
         noise = draw.normal(*x.shape[1:])
         alpha, sigma = student.alpha_sigma(t)
-        x0, eps = estimates(
-            student, alpha * x + sigma * noise, t, conditions, settings.timestep_scaling
-        )
-        weighting = settings.weighting
-        terms = {}
-        if settings.guidance:
-            error = (
-                (x0 - x).square().mean()
-                if weighting is None
-                else weighted_mse(student, x0, x, t, weighting)
-            )
-            terms["guidance"] = settings.guidance * error
-        if settings.fidelity:
-            error = control_error(settings.task, x0, controls, settings.factor)
-            terms["fidelity"] = settings.fidelity * error
+        z = alpha * x + sigma * noise
+        made = estimates(student, z, t, conditions, settings.timestep_scaling)
+        terms = data_terms(settings, student, made[0], x, t, controls)
         if settings.agreement:
-            kept = noise if settings.state == "noised" else eps
-            target = agreement_target(average, x0, kept, s, conditions, settings.timestep_scaling)
+            kept = noise if settings.state == "noised" else made[1]
+            target = agreement_target(
+                step.roles["average"], made[0], kept, s, conditions, settings.timestep_scaling
+            )
             place = ("x", "eps").index(settings.compared)
-            error = ((x0, eps)[place] - target[place]).square().mean()
+            error = (made[place] - target[place]).square().mean()
             terms["agreement"] = settings.agreement * error
         return Losses(terms)
 
     return loss
+
+
+def data_terms(
+    settings: CodiSettings,
+    student: Denoiser,
+    x0: Tensor,
+    x: Tensor,
+    t: Tensor,
+    controls: Conditions,
+) -> dict[str, Tensor]:
+    """Return the terms that need no second network: distances to the data, and to its control."""
+    terms = {}
+    if settings.guidance and settings.weighting is None:
+        terms["guidance"] = settings.guidance * (x0 - x).square().mean()
+    elif settings.guidance and settings.weighting is not None:
+        terms["guidance"] = settings.guidance * weighted_mse(student, x0, x, t, settings.weighting)
+    if settings.fidelity:
+        error = control_error(settings.task, x0, controls, settings.factor)
+        terms["fidelity"] = settings.fidelity * error
+    return terms
 
 
 def estimates(

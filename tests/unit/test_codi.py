@@ -260,6 +260,20 @@ def test_the_table_is_the_loop_of_the_public_code(context) -> None:
     assert np.abs(got - z).max() < 1e-12
 
 
+def test_known_pixels_may_be_kept(context) -> None:
+    settings = CodiSettings(task="inpainting", control="channels", trains="all", keeps=True)
+    table = plan(settings, context).phases[0].emits.table
+    assert validate(table) == []
+    mask = np.zeros((3, 1, 8, 8))
+    mask[:, :, 2:5] = 1
+    image = np.random.default_rng(1).uniform(-1, 1, (3, 1, 8, 8))
+    z = np.random.default_rng(0).standard_normal((3, 1, 8, 8))
+    given = {"class_labels": np.arange(3), "image": image, "mask": mask}
+    made = run_table(table, {"unet": toy}, [z], given)
+    assert np.array_equal(made[mask == 0], image[mask == 0])
+    assert not np.any(made[mask == 1] == image[mask == 1])
+
+
 def test_guidance_of_0_is_the_unconditional_branch(context) -> None:
     row = boundary_row(context.schedule, 980, 0, "v_prediction", guidance_scale=0.0)
     cfg = Guidance("cfg", None, 0.0, (0.0, 2.0), {"class_labels": 10})
@@ -280,6 +294,7 @@ def test_guidance_of_0_is_the_unconditional_branch(context) -> None:
         ({"control": "channels"}, "set `trains: all` and leave `cut` out"),
         ({"agreement": 0.0, "guidance": 0.0}, "nor the first two both 0"),
         ({"agreement": -1.0}, "must not be negative"),
+        ({"keeps": True}, "`keeps` is for inpainting"),
     ],
 )
 def test_settings_that_contradict_themselves_are_refused(changes: dict, message: str) -> None:
