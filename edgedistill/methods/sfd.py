@@ -157,8 +157,8 @@ def plan(settings: SfdSettings, context: Context) -> Plan:
     """Lay out the training: the main stage, and the second one where there is one.
 
     Raises:
-        ConfigError: If the schedule has no such stamps, or guidance is wanted of a teacher without a null
-            condition.
+        ConfigError: If the schedule has no such stamps, the student predicts epsilon where its first call
+            finds next to nothing of x, or guidance is wanted of a teacher without a null condition.
     """
     if settings.guidance_scale != 1:
         context.require_null()
@@ -166,6 +166,8 @@ def plan(settings: SfdSettings, context: Context) -> Plan:
     student = context.student(*settings.told)
     roles = [Role("teacher", context.teacher), Role("student", student, trained=True)]
     courses = [_main_course(settings, context, count) for count in settings.stamps]
+    for course in courses:
+        student.require_x0(next(row.note["t"] for row in course.student.rows if row.call))
     phases = [_phase("main", settings.main, trajectory_loss(courses, "teacher"), courses)]
     if settings.second is not None:
         roles.append(Role("first", copy.deepcopy(student)))

@@ -386,3 +386,10 @@ def test_settings_that_make_no_method_are_refused(data: dict[str, Any], message:
 def test_guidance_needs_a_teacher_with_a_null_condition() -> None:
     with pytest.raises(ConfigError, match="no null condition"):
         plan(SfdSettings(guidance_scale=1.5), gaussian())
+
+
+def test_a_student_that_predicts_epsilon_is_not_called_where_x_is_lost() -> None:
+    eps = dataclasses.replace(tiny_unet(), prediction_type=PredictionType.EPSILON)
+    assert plan(SfdSettings(), eps).phases
+    with pytest.raises(ConfigError, match="x0 is lost in rounding"):
+        plan(SfdSettings(analytic_first=False), eps)
