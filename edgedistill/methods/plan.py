@@ -1,5 +1,6 @@
 """What a method says to the trainer: roles, updates, phases, and the students that come out."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -169,7 +170,11 @@ class Role:
         """Say whether a parameter of its network is trained."""
         if self.trains is not None:
             return self.trained and self.trains(parameter)
-        return self.trained and (not has_updates(self.network) or is_trained(parameter))
+        return self.trained and (not self._has_updates or is_trained(parameter))
+
+    @functools.cached_property
+    def _has_updates(self) -> bool:
+        return has_updates(self.network)
 
 
 @dataclass(frozen=True)

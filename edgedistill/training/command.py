@@ -68,6 +68,12 @@ def register(subparsers: Any) -> None:
         help="print the plan from the teacher's configurations alone: no weights, no data, no time",
     )
     parser.add_argument(
+        "--processes",
+        type=positive,
+        default=1,
+        help="plan for that many devices (with --dry-run or --sketch)",
+    )
+    parser.add_argument(
         "--threads", type=positive, help="CPU threads of torch; results depend on it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -88,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     recipe = Recipe.load(options.recipe, options.overrides)
     if options.dry_run or options.sketch:
-        plan = describe(recipe, is_sketch=options.sketch)
+        plan = describe(recipe, is_sketch=options.sketch, processes=options.processes)
         print(json.dumps(plan, indent=1) if options.json else plan_text(plan))
         return 0
     student = distill(

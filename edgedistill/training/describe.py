@@ -60,7 +60,7 @@ class Cost:
 
 
 def describe(
-    recipe: Recipe, *, is_sketch: bool = False, timed_iterations: int = 4
+    recipe: Recipe, *, is_sketch: bool = False, timed_iterations: int = 4, processes: int = 1
 ) -> dict[str, Any]:
     """Return the plan of a recipe as JSON data.
 
@@ -68,15 +68,17 @@ def describe(
         recipe: What would be done.
         is_sketch: Read the teacher's configurations alone: no weights, no data, no time is measured.
         timed_iterations: Iterations of each phase that are run to measure the time; 0: none.
+        processes: Among which the batch is divided; memory and arithmetic are those of one.
 
     Raises:
         BundleError, ConfigError: As `prepare`.
     """
     seconds = {} if is_sketch or not timed_iterations else _seconds(recipe, timed_iterations)
     prepared = sketch(recipe)
-    plan, costs = prepared.plan, _costs(prepared)
+    plan, costs = prepared.plan, _costs(prepared, processes)
     return {
         "recipe": recipe.to_json(),
+        "processes": processes,
         "measured": bool(seconds),
         "roles": [_role(plan, role) for role in plan.roles],
         "phases": [
@@ -139,7 +141,7 @@ def _device_bytes(plan: Plan, phase: Phase, costs: Mapping[tuple[str, str], Cost
     return total + max(costs[phase.name, update.name].activations for update in phase.updates)
 
 
-def _costs(prepared: Prepared) -> dict[tuple[str, str], Cost]:
+def _costs(prepared: Prepared, processes: int) -> dict[tuple[str, str], Cost]:
     """Return the cost of each update by (phase, update), from its loss run without numbers."""
     settings = prepared.recipe.training
     modules = {role.name: role.module.to(META) for role in prepared.plan.roles}
@@ -148,9 +150,8 @@ def _costs(prepared: Prepared) -> dict[tuple[str, str], Cost]:
             checkpoint_blocks(role.network)
         for name, parameter in role.network.named_parameters():
             parameter.requires_grad_(role.is_trained(name))
-    part = Slice(
-        settings.batch_size, 0, max(1, settings.batch_size // settings.gradient_accumulation)
-    )
+    pieces = settings.gradient_accumulation * processes
+    part = Slice(settings.batch_size, 0, max(1, settings.batch_size // pieces))
     batch = blank_batch(prepared.teacher, part.stop)
     return {
         (phase.name, update.name): _cost(prepared.recipe, update, modules, batch, part)
@@ -214,7 +215,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     training = recipe["training"]
     lines = [
         f"recipe {recipe['name']}: {recipe['method']}, seed {recipe['seed']}, batch {training['batch_size']}"
-        f" in {training['gradient_accumulation']} piece(s) per process, precision {training['mixed_precision']}",
+        f" among {plan['processes']} process(es) in {training['gradient_accumulation']} piece(s) each,"
+        f" precision {training['mixed_precision']}",
         "",
         f"{'role':<12}{'parameters':>15}{'trained':>15}  average of",
     ]
