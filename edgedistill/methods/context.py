@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import nn
 
 from edgedistill.errors import ConfigError
@@ -42,6 +43,7 @@ class Context:
         conditions: What the teacher is conditioned on.
         null: Their values for "no condition"; empty where the teacher was not trained with any.
         samples: The data, for what a method computes beforehand; None where there is none.
+        examples: float32 (count, dim), the teacher's example prompts pooled; None where it reads no text.
         seed: Key of the weights that no teacher gives.
         space: Meaning of the state (see `SamplerTable`).
         clamp: Range of finished samples, or None.
@@ -57,6 +59,7 @@ class Context:
     conditions: tuple[Condition, ...]
     null: Mapping[str, Any] = field(default_factory=dict)
     samples: Samples | None = None
+    examples: np.ndarray | None = None
     seed: int = 0
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}

@@ -13,6 +13,7 @@ shared by all students whatever they ask for, which the paper found to matter; t
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from edgedistill.methods.partition import class_ranges, principal_planes
 from edgedistill.methods.plan import Emission, Phase, Plan, Role, Subset, Update
 from edgedistill.methods.scores import ScoreSettings, is_other_architecture, score_loss
 from edgedistill.router import Router, route
+
+ROUTED = "routed"  # name of the student that holds all
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class MSDSettings:
         score: The stage before the others, for students of another architecture than the teacher.
         dmd2: The other stages.
         share_pairs: Whether a regression onto the teacher's samples uses those of all students' parts.
-        embeddings: Number of samples whose prompts the planes are laid through.
+        through: Whose prompts the planes are laid through: the ``data``'s, or the ``examples`` that come with
+            the teacher, which part by what is asked for where the data differ more in their wording.
+        embeddings: Number of samples of the data that are looked at.
     """
 
     students: int = 4
@@ -44,6 +49,7 @@ class MSDSettings:
     score: ScoreSettings = field(default_factory=ScoreSettings)
     dmd2: DMD2Settings = field(default_factory=DMD2Settings)
     share_pairs: bool = True
+    through: Literal["data", "examples"] = "data"
     embeddings: int = 10000
 
     def __post_init__(self) -> None:
@@ -81,7 +87,7 @@ def plan(settings: MSDSettings, context: Context) -> Plan:
         subsets[f"part {k}"] = chosen
         phases += _phases(settings, method, student.name, f"part {k}")
     networks = {f"{router.network}.{k}": f"student {k}" for k in settings.trained}
-    name = "routed" if settings.only is None else f"student-{settings.only}"
+    name = ROUTED if settings.only is None else f"student-{settings.only}"
     emission = Emission(name, replace(shared.table, router=router), networks)
     phases[-1] = replace(phases[-1], emits=emission)
     return Plan(tuple(roles), tuple(phases), subsets)
@@ -106,6 +112,8 @@ def _embeddings(settings: MSDSettings, context: Context) -> np.ndarray:
     if context.samples is None:
         # A sketch of the plan: any planes will do.
         return np.random.default_rng(0).normal(size=(64 * settings.students, 16))
+    if settings.through == "examples" and context.examples is not None:
+        return context.examples
     asked = context.samples.first(min(settings.embeddings, len(context.samples)))
     return asked.conditions["pooled"].numpy()
 

@@ -81,6 +81,7 @@ def context_of(recipe: Recipe, teacher: Teacher, data: EncodedData | None) -> Co
         conditions=teacher.conditions,
         null=teacher.null,
         samples=data,
+        examples=None if teacher.tokenizer is None else teacher.embed(teacher.examples)["pooled"],
         seed=recipe.seed,
         space=teacher.space,
         clamp=teacher.clamp,
