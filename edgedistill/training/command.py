@@ -135,7 +135,7 @@ def register_join(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="student folder to make")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     add_json(parser)
-    parser.set_defaults(run=run_join)
+    parser.set_defaults(run=run_join, extra="train")
 
 
 def run_join(options: argparse.Namespace) -> int:

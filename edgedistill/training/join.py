@@ -6,6 +6,7 @@ from pathlib import Path
 
 from edgedistill.errors import ConfigError
 from edgedistill.files import sha256, written_aside
+from edgedistill.methods.msd import ROUTED
 from edgedistill.student import MANIFEST, Student
 from edgedistill.tables import networks_of
 
@@ -68,7 +69,7 @@ def _joined(students: Sequence[Student], folder: Path) -> Student:
     recipes = [student.provenance["recipe_fingerprint"] for student in students]
     return Student(
         folder,
-        first.name,
+        f"{first.provenance['recipe']['name']}-{ROUTED}",
         first.table,
         {name: item for student in students for name, item in student.signatures.items()},
         {**first.provenance, "parameters": parameters, "joined_recipe_fingerprints": recipes},

@@ -16,6 +16,16 @@ RECIPES = {
     "guided": """
 guided: {start_steps: 4, steps: [2], fold: {iterations: 4, weighting: snr_plus_one}, halve: {iterations: 4}}
 """,
+    "dmd2": """
+dmd2:
+  labels: [999, 499]
+  guidance_scale: 1.5
+  student_every: 2
+  pairs: {count: 40, steps: 2}
+  warm_up: {iterations: 3}
+  match: {iterations: 4}
+  adversarial: {iterations: 6, student_gan: 0.1, critic_gan: 0.1, regression: 0.1}
+""",
 }
 COMMON = """
 name: two

@@ -324,7 +324,7 @@ def test_students_of_different_runs_are_joined_to_what_one_run_writes(tmp_path: 
         parts.append(distill(Recipe.load(path, [f"msd.only={k}"]), folder, quiet=True).root)
     student = join(parts, tmp_path / "joined")
     whole = distill(Recipe.load(path), tmp_path / "whole", quiet=True)
-    assert student.table == whole.table
+    assert (student.name, student.table) == (whole.name, whole.table)
     assert student.signatures == whole.signatures
     assert student.provenance["parameters"] == whole.provenance["parameters"]
     names = [
