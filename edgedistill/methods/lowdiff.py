@@ -153,7 +153,7 @@ def cascade_loss(settings: LowdiffSettings, shapes: tuple[Shape, ...]) -> LossFu
         stage = settings.stage(draw.shared_integer(0, _PARTS))
         shape = shapes[stage]
         x = resize(step.batch.x, "area_down", shape)
-        t = draw_times(settings, student, draw).to(x.device)
+        t = draw_times(settings, student, draw)
         alpha, sigma = student.alpha_sigma(t)
         z = alpha * x + sigma * draw.normal(*shape)
         told = {}
@@ -169,12 +169,10 @@ def cascade_loss(settings: LowdiffSettings, shapes: tuple[Shape, ...]) -> LossFu
 
 def draw_times(settings: LowdiffSettings, denoiser: Denoiser, draw: Draw) -> Tensor:
     """Return (batch,) labels: evenly from all, or for EDM by the logarithm of their level."""
-    schedule = denoiser.schedule
     if denoiser.prediction_type is not PredictionType.EDM:
-        return draw.integers(0, schedule.num_train_timesteps)
+        return draw.integers(0, denoiser.schedule.num_train_timesteps)
     mean, spread = settings.log_sigma
-    levels = torch.exp(mean + spread * draw.normal())
-    return torch.from_numpy(schedule.label_of(levels.double().cpu().numpy()))
+    return denoiser.label_of(torch.exp(mean + spread * draw.normal()))
 
 
 def told_image(settings: LowdiffSettings, step: Step, before: Shape, shape: Shape) -> Tensor:

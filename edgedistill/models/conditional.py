@@ -1,14 +1,15 @@
 """The stock `UNet2DConditionModel`, and the same with further inputs, which the stock class already has places for."""
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, scalar_embedding
+from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, picture, scalar_embedding
+from edgedistill.models.unet import zero_convs
 
 ADDED = ("text_embeds", "time_ids")
 """What a stock network of Stable Diffusion XL takes beside its text: the embedded prompt, and sizes."""
@@ -35,7 +36,8 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
             stock["time_cond_proj_dim"] = EMBEDDING_DIM * len(inputs.scalars)
         super().__init__(**stock)
         if inputs.image_channels:
-            self.conv_in: nn.Conv2d = _widened(self.conv_in, inputs.image_channels)
+            further = inputs.image_channels + inputs.mask
+            self.conv_in: nn.Conv2d = _widened(self.conv_in, further)
         if inputs.scalars:
             nn.init.zeros_(self.time_embedding.cond_proj.weight)
         self.register_to_config(
@@ -63,26 +65,86 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
             encoder_hidden_states: (batch, length, dim) text.
             class_labels: (batch,) integers, or None.
             added_cond_kwargs: What `ADDED` names, or None.
-            **inputs: Scalars (batch,), ``image`` and ``residual_i`` (batch, ., ., .), as configured.
+            **inputs: Scalars (batch,), ``image``, ``mask`` and ``residual_i`` (batch, ., ., .), as configured.
         """
-        scalars = [scalar_embedding(inputs[n], s) for n, s in self.inputs.scalars.items()]
         residuals = [inputs[n] for n in inputs if n.startswith("residual_")]
-        if self.inputs.image_channels:
-            sample = torch.cat([sample, inputs["image"].to(sample.dtype)], dim=1)
         return (
             super()
             .forward(
-                sample,
+                self._state(sample, inputs),
                 timestep,
                 encoder_hidden_states,
                 class_labels=class_labels,
                 added_cond_kwargs=added_cond_kwargs,
-                timestep_cond=torch.cat(scalars, dim=1).to(sample.dtype) if scalars else None,
+                timestep_cond=self._told(sample, inputs),
                 down_block_additional_residuals=residuals[:-1] if residuals else None,
                 mid_block_additional_residual=residuals[-1] if residuals else None,
             )
             .sample
         )
+
+    def _state(self, sample: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the state with the channels of the image behind it."""
+        if not self.inputs.image_channels:
+            return sample
+        return torch.cat([sample, picture(inputs, self.inputs).to(sample.dtype)], dim=1)
+
+    def _told(self, sample: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the embeddings of the scalars, or None where there are none."""
+        made = [scalar_embedding(inputs[n], s) for n, s in self.inputs.scalars.items()]
+        return torch.cat(made, dim=1).to(sample.dtype) if made else None
+
+
+class ConditionalResidualEncoder(ExtendedUNet2DConditionModel):
+    """The encoder of a `UNet2DConditionModel` that answers with ``residual_0``, ...: skips, then middle.
+
+    Each leaves through a zero convolution (Zhang et al., arXiv:2302.05543, section 3.1).
+
+    Args:
+        config: Of the stock model.
+        inputs: What it takes beside the stock inputs; no residuals.
+        base_channels: ``block_out_channels`` of the network that the residuals are for.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], inputs: Inputs, base_channels: Sequence[int]
+    ) -> None:
+        super().__init__(config, inputs)
+        del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
+        self.register_to_config(base_channels=list(base_channels))
+        self.zero_convs = zero_convs(dict(self.config), base_channels)
+
+    def forward(  # type: ignore[override]
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+        **inputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the residuals; arguments as for `ExtendedUNet2DConditionModel`."""
+        sinusoid = self.get_time_embed(sample, timestep)
+        embedding = self.time_embedding(sinusoid, self._told(sample, inputs))
+        for further in (
+            self.get_class_embed(sample, class_labels),
+            self.get_aug_embed(embedding, encoder_hidden_states, added_cond_kwargs),
+        ):
+            embedding = embedding if further is None else embedding + further
+        hidden = self.conv_in(self._state(sample, inputs))
+        skips: tuple[Tensor, ...] = (hidden,)
+        for block in self.down_blocks:
+            text = {"encoder_hidden_states": encoder_hidden_states}
+            reads = getattr(block, "has_cross_attention", False)
+            hidden, made = block(hidden, embedding, **(text if reads else {}))
+            skips += made
+        if self.mid_block is not None:
+            hidden = self.mid_block(hidden, embedding, encoder_hidden_states=encoder_hidden_states)
+        pairs = zip(self.zero_convs, (*skips, hidden), strict=True)
+        return tuple(conv(value) for conv, value in pairs)
+
+
+_Extended = TypeVar("_Extended", bound=ExtendedUNet2DConditionModel)
 
 
 def extend_conditional(
@@ -91,8 +153,22 @@ def extend_conditional(
     """Return a copy of a stock network with further inputs."""
     with network.device:
         extended = ExtendedUNet2DConditionModel(network.config, inputs)
+    return _filled(extended, network)
+
+
+def conditional_residual_encoder(
+    network: UNet2DConditionModel, inputs: Inputs, base_channels: Sequence[int]
+) -> ConditionalResidualEncoder:
+    """Return a side network that begins as a copy of the encoder of a stock network."""
+    with network.device:
+        encoder = ConditionalResidualEncoder(network.config, inputs, base_channels)
+    return _filled(encoder, network)
+
+
+def _filled(extended: _Extended, network: UNet2DConditionModel) -> _Extended:
+    """Give a network the weights of the stock one that it has places for; those of further channels are zero."""
     state = network.state_dict()
-    if inputs.image_channels:
+    if extended.inputs.image_channels:
         own = extended.conv_in.weight
         weight = state["conv_in.weight"]
         state["conv_in.weight"] = torch.cat(
@@ -119,6 +195,11 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(
         {key: value for key, value in config.items() if not key.startswith("_")}
     )
+
+
+def build_conditional_residual_encoder(config: Mapping[str, Any]) -> ConditionalResidualEncoder:
+    """Build an untrained `ConditionalResidualEncoder` from a configuration."""
+    return ConditionalResidualEncoder(config, inputs_of(config), config["base_channels"])
 
 
 def build_extended_conditional(config: Mapping[str, Any]) -> ExtendedUNet2DConditionModel:

@@ -49,6 +49,13 @@ def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> T
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def picture(given: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    """Return the channels of the image that a network sees, and of the mask that hides parts of it."""
+    if not inputs.mask:
+        return given["image"]
+    return torch.cat([given["image"] * (1 - given["mask"]), given["mask"]], dim=1)
+
+
 def inputs_of(config: Mapping[str, Any]) -> Inputs:
     """Return what a configuration says that a network takes beside the stock inputs."""
     return Inputs(

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
+from edgedistill.models.conditional import conditional_residual_encoder
 from edgedistill.models.inputs import Inputs, inputs_of
-from edgedistill.models.unet import ExtendedUNet2DModel, build_stock, residual_shapes
+from edgedistill.models.unet import ExtendedUNet2DModel, build_stock, zero_convs
 
 
 class ResidualEncoder(ExtendedUNet2DModel):
@@ -31,14 +32,8 @@ class ResidualEncoder(ExtendedUNet2DModel):
     def __init__(self, unet: UNet2DModel, inputs: Inputs, base_channels: Sequence[int]) -> None:
         super().__init__(unet, inputs)
         del self.up_blocks, self.conv_norm_out, self.conv_act, self.conv_out
-        own = residual_shapes(self.config)
         self.config["base_channels"] = list(base_channels)
-        wanted = residual_shapes({**self.config, "block_out_channels": list(base_channels)})
-        if len(own) != len(wanted):
-            msg = f"An encoder of {len(self.config['block_out_channels'])} levels has no residuals for a network of {len(base_channels)}."
-            raise ConfigError(msg)
-        pairs = zip(own, wanted, strict=True)
-        self.zero_convs = nn.ModuleList(_zero_conv(before[0], after[0]) for before, after in pairs)
+        self.zero_convs = zero_convs(self.config, base_channels)
 
     def forward(  # type: ignore[override]
         self,
@@ -54,7 +49,7 @@ class ResidualEncoder(ExtendedUNet2DModel):
         return tuple(conv(value) for conv, value in made)
 
 
-def residual_encoder(network: nn.Module, base: nn.Module, inputs: Inputs) -> ResidualEncoder:
+def residual_encoder(network: nn.Module, base: nn.Module, inputs: Inputs) -> nn.Module:
     """Return a side network for `base` that begins as a copy of the encoder of `network`.
 
     Args:
@@ -65,20 +60,15 @@ def residual_encoder(network: nn.Module, base: nn.Module, inputs: Inputs) -> Res
     Raises:
         ConfigError: If `network` is of another class, or its levels are not those of `base`.
     """
-    if not isinstance(network, UNet2DModel):
-        msg = f"No encoder can be taken from a {type(network).__name__}; this release takes that of a UNet2DModel."
-        raise ConfigError(msg)
     config: Any = base.config
-    return ResidualEncoder(copy.deepcopy(network), inputs, config["block_out_channels"])
+    if isinstance(network, UNet2DModel):
+        return ResidualEncoder(copy.deepcopy(network), inputs, config["block_out_channels"])
+    if isinstance(network, UNet2DConditionModel):
+        return conditional_residual_encoder(network, inputs, config["block_out_channels"])
+    msg = f"No encoder can be taken from a {type(network).__name__}; this release takes that of a UNet2DModel or UNet2DConditionModel."
+    raise ConfigError(msg)
 
 
 def build_residual_encoder(config: Mapping[str, Any]) -> ResidualEncoder:
     """Build an untrained `ResidualEncoder` from a configuration."""
     return ResidualEncoder(build_stock(config), inputs_of(config), config["base_channels"])
-
-
-def _zero_conv(channels: int, wanted: int) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, wanted, 1)
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv

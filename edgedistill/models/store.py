@@ -13,7 +13,12 @@ from edgedistill.choices import SIZES
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
-from edgedistill.models.conditional import ADDED, build_conditional, build_extended_conditional
+from edgedistill.models.conditional import (
+    ADDED,
+    build_conditional,
+    build_conditional_residual_encoder,
+    build_extended_conditional,
+)
 from edgedistill.models.residuals import build_residual_encoder
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
 
@@ -66,6 +71,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "ExtendedUNet2DConditionModel": build_extended_conditional,
     "TinyGuide": _guide,
     "ResidualEncoder": build_residual_encoder,
+    "ConditionalResidualEncoder": build_conditional_residual_encoder,
 }
 
 

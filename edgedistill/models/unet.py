@@ -1,6 +1,6 @@
 """Stock UNets with further inputs: embedded scalars, an image, residuals; and the folding of guidance into weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
-from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, scalar_embedding
+from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, picture, scalar_embedding
 
 
 class ExtendedUNet2DModel(nn.Module):
@@ -89,18 +89,12 @@ class ExtendedUNet2DModel(nn.Module):
         """Return the skips, in the order in which they are made, and what leaves the middle."""
         hidden = self.conv_in(sample)
         if self.conv_image is not None:
-            hidden = hidden + self.conv_image(self._picture(inputs))
+            hidden = hidden + self.conv_image(picture(inputs, inputs_of(self.config)))
         skips: tuple[Tensor, ...] = (hidden,)
         for block in self.down_blocks:
             hidden, made = block(hidden_states=hidden, temb=embedding)
             skips += made
         return skips, hidden if self.mid_block is None else self.mid_block(hidden, embedding)
-
-    def _picture(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        image = inputs["image"]
-        if not self.config["mask_input"]:
-            return image
-        return torch.cat([image * (1 - inputs["mask"]), inputs["mask"]], dim=1)
 
     def _embed(
         self,
@@ -133,6 +127,29 @@ def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
             height, width = (height + 1) // 2, (width + 1) // 2
             shapes.append((channels, height, width))
     return [*shapes, (widths[-1], height, width)]
+
+
+def zero_convs(config: Mapping[str, Any], base_channels: Sequence[int]) -> nn.ModuleList:
+    """Return a convolution, zero at first, for every residual that an encoder makes for another network.
+
+    Args:
+        config: Of the encoder.
+        base_channels: ``block_out_channels`` of the other network.
+
+    Raises:
+        ConfigError: If the numbers of levels differ.
+    """
+    own = residual_shapes(config)
+    wanted = residual_shapes({**config, "block_out_channels": list(base_channels)})
+    if len(own) != len(wanted):
+        msg = f"An encoder of {len(config['block_out_channels'])} levels has no residuals for a network of {len(base_channels)}."
+        raise ConfigError(msg)
+    made = nn.ModuleList(
+        nn.Conv2d(before[0], after[0], 1) for before, after in zip(own, wanted, strict=True)
+    )
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
+    return made
 
 
 def bake_guidance(model: ExtendedUNet2DModel, w: float) -> UNet2DModel:

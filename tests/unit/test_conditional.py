@@ -10,6 +10,7 @@ from torch import Tensor
 from edgedistill.models import store
 from edgedistill.models.extend import extend
 from edgedistill.models.inputs import Inputs
+from edgedistill.models.residuals import residual_encoder
 
 
 @pytest.fixture
@@ -73,3 +74,41 @@ def test_a_student_of_w_opens_in_diffusers_and_takes_the_embedding_of_its_pipeli
         timestep_cond=embedding,
     ).sample
     torch.testing.assert_close(made, network(**given), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mask_hides_what_is_drawn_and_is_seen(stock: UNet2DConditionModel) -> None:
+    network = extend(stock, Inputs(image_channels=4, mask=True))
+    torch.nn.init.normal_(network.conv_in.weight)
+    given = feeds(network)
+    drawn = {**given, "mask": torch.ones_like(given["mask"])}
+    other = {**drawn, "image": drawn["image"] + 1}
+    assert torch.equal(network(**drawn), network(**other))
+    kept = {**drawn, "mask": torch.zeros_like(drawn["mask"])}
+    assert not torch.equal(network(**drawn), network(**kept))
+    assert not torch.equal(network(**kept), network(**{**kept, "image": other["image"]}))
+
+
+@torch.no_grad()
+def test_a_copied_encoder_answers_with_what_its_base_has_there(
+    stock: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    base = extend(stock, Inputs(residuals=True))
+    encoder = residual_encoder(stock, base, Inputs({"w": 1000.0}, image_channels=1))
+    given = feeds(encoder)
+    shapes = [spec.shape[1:] for spec in store.signature(base).inputs if spec.kind == "residual"]
+    made = encoder(**given)
+    assert [tuple(value.shape[1:]) for value in made] == shapes
+    assert all(value.abs().max() == 0 for value in made)
+    met: list[Tensor] = []
+    for block in (stock.conv_in, *stock.down_blocks, stock.mid_block):
+        block.register_forward_hook(lambda *call: met.append(call[2]))
+    stock(*(given[n] for n in ("sample", "timestep", "encoder_hidden_states")))
+    skips = [met[0], *(skip for _, made in met[1:-1] for skip in made), met[-1]]
+    for conv in encoder.zero_convs:
+        torch.nn.init.eye_(conv.weight[..., 0, 0])
+    for value, skip in zip(encoder(**given), skips, strict=True):
+        torch.testing.assert_close(value, skip, rtol=0, atol=1e-5)
+    store.save(encoder, tmp_path)
+    for value, again in zip(encoder(**given), store.load(tmp_path)(**given), strict=True):
+        assert torch.equal(value, again)
