@@ -19,7 +19,7 @@ from torch import Tensor
 
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
-from edgedistill.methods.losses import critic_loss, fooling_loss, prediction_mse
+from edgedistill.methods.losses import critic_loss, fooling_loss, matching_loss, prediction_mse
 from edgedistill.methods.pairs import Pairs, PairSettings
 from edgedistill.methods.plan import (
     Batch,
@@ -36,12 +36,10 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.methods.states import noised_data
-from edgedistill.methods.targets import cfg_combine
-from edgedistill.models import store
+from edgedistill.methods.targets import cfg_combine, matching_gradient
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.discriminator import Head
 from edgedistill.models.run import network_of
-from edgedistill.models.unet import residual_shapes
 from edgedistill.rows import renoise_row, return_x0_row
 from edgedistill.sampler import enter_stage, run_row
 from edgedistill.table import Guidance, Next, SamplerTable
@@ -158,9 +156,7 @@ class Distillation:
 
     def head(self) -> Head:
         """Return a fresh head for the teacher's features."""
-        _ = self.context.teacher.middle
-        shape = residual_shapes(store.config_of(self.context.teacher.network))[-1]
-        return Head(shape, self.context.seed)
+        return Head(self.context.teacher.middle_shape, self.context.seed)
 
     def roles(self) -> tuple[Role, ...]:
         """Return the teacher, and the critic's two parts with their first weights."""
@@ -331,23 +327,3 @@ def judge(step: Step, batch: Batch) -> Tensor:
     _, features = fake.tapped(z, t, batch.conditions)
     logits: Tensor = step.roles["head"](features)
     return logits
-
-
-def matching_gradient(images: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Return the direction from where the teacher sees the data to where the fake score sees the images.
-
-    Args:
-        images: (batch, channels, height, width), the student's.
-        real, fake: The two estimates of x0 from the images under noise.
-
-    Returns:
-        ``(fake - real) / mean|images - real|``, the mean taken over each sample; 0 where that is undefined.
-    """
-    scale = (images - real).abs().flatten(1).mean(1)[:, None, None, None]
-    return torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def matching_loss(images: Tensor, gradient: Tensor) -> Tensor:
-    """Return a number whose derivative by the images is the gradient, divided by how many numbers there are."""
-    target = (images - gradient).detach()
-    return 0.5 * (images - target).square().mean()

@@ -111,3 +111,9 @@ def critic_loss(real: Tensor, fake: Tensor, kind: Adversarial) -> Tensor:
 def fooling_loss(fake: Tensor, kind: Adversarial) -> Tensor:
     """Return the student's side of `critic_loss`."""
     return -fake.mean() if kind == "hinge" else softplus(-fake).mean()
+
+
+def matching_loss(images: Tensor, gradient: Tensor) -> Tensor:
+    """Return a number whose derivative by the images is the gradient, divided by how many numbers there are."""
+    target = (images - gradient).detach()
+    return 0.5 * (images - target).square().mean()

@@ -110,3 +110,21 @@ def progressive_target(
     ratio = sigma_s / sigma_u
     both = (landed - ratio * z) / (alpha_s - ratio * alpha_u)
     return torch.where((m == s)[:, None, None, None], first, both)
+
+
+@torch.no_grad()
+def matching_gradient(images: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """Return the direction from where the teacher sees the data to where the fake score sees the images.
+
+    Args:
+        images: (batch, channels, height, width), the student's.
+        real, fake: The two estimates of x0 from the images under noise.
+
+    Returns:
+        ``(fake - real) / mean|images - real|``, the mean taken over each sample; 0 where that is undefined.
+
+    References:
+        Yin et al., arXiv:2405.14867 (DMD2), as its public code has it.
+    """
+    scale = (images - real).abs().flatten(1).mean(1)[:, None, None, None]
+    return torch.nan_to_num((fake - real) / scale, nan=0.0, posinf=0.0, neginf=0.0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from edgedistill.contract import Signature
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
+from edgedistill.models.unet import residual_shapes
 from edgedistill.prediction import PredictionType, eps_coefficients, x0_coefficients
 from edgedistill.schedule import Schedule
 
@@ -127,12 +128,23 @@ class Denoiser(nn.Module):
         Raises:
             ConfigError: If there is none.
         """
+        return self._with_middle().mid_block
+
+    def _with_middle(self) -> Any:
         plain: Any = plain_network(self.network)
-        block = getattr(plain, "mid_block", None)
-        if block is None:
+        if getattr(plain, "mid_block", None) is None:
             msg = f"A {type(plain).__name__} without a middle block has no features to tap; choose a network that keeps it."
             raise ConfigError(msg)
-        return block
+        return plain
+
+    @property
+    def middle_shape(self) -> tuple[int, int, int]:
+        """(width, height, width in pixels) of what leaves the middle block.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        return residual_shapes(store.config_of(self._with_middle()))[-1]
 
     @property
     def last_layer(self) -> nn.Parameter:

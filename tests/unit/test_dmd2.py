@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.methods import dmd2
 from edgedistill.methods.context import Context
-from edgedistill.methods.losses import prediction_mse
+from edgedistill.methods.losses import matching_loss, prediction_mse
 from edgedistill.methods.plan import Batch, OptimizerSettings, Plan, Step, Stretch
+from edgedistill.methods.targets import matching_gradient
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.models.discriminator import Head
 from edgedistill.models.run import torch_networks
 from edgedistill.models.unet import build_stock
 from edgedistill.prediction import PredictionType
@@ -139,16 +139,16 @@ def test_the_derivative_by_the_images_is_the_gradient_over_how_many_numbers_ther
     draw = torch.Generator().manual_seed(0)
     images, real, fake = (torch.randn(6, *SHAPE, generator=draw) for _ in range(3))
     images.requires_grad_()
-    gradient = dmd2.matching_gradient(images.detach(), real, fake)
+    gradient = matching_gradient(images.detach(), real, fake)
     scale = (images - real).abs().mean((1, 2, 3), keepdim=True)
     torch.testing.assert_close(gradient, ((fake - real) / scale).detach(), rtol=1e-6, atol=0)
-    (found,) = torch.autograd.grad(dmd2.matching_loss(images, gradient), images)
+    (found,) = torch.autograd.grad(matching_loss(images, gradient), images)
     torch.testing.assert_close(found, gradient / images.numel(), rtol=0, atol=1e-9)
 
 
 def test_a_perfect_image_has_no_gradient_rather_than_none() -> None:
     same = torch.ones(2, *SHAPE)
-    assert torch.equal(dmd2.matching_gradient(same, same, same + 1), torch.zeros_like(same))
+    assert torch.equal(matching_gradient(same, same, same + 1), torch.zeros_like(same))
 
 
 def test_the_critic_takes_k_steps_for_each_of_the_student_and_nothing_else_moves(
@@ -314,8 +314,8 @@ def test_the_mean_gradient_is_nothing_where_the_student_makes_data() -> None:
     # What a fake score learns of these images: the regression of x on z.
     gain = ((x - x.mean()) * (z - z.mean())).mean() / z.var()
     learnt = x.mean() + gain * (z - z.mean())
-    assert abs(dmd2.matching_gradient(x, real, learnt).mean().item()) < 0.01
-    assert abs(dmd2.matching_gradient(x, real, learnt - 0.1).mean().item()) > 0.2
+    assert abs(matching_gradient(x, real, learnt).mean().item()) < 0.01
+    assert abs(matching_gradient(x, real, learnt - 0.1).mean().item()) > 0.2
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
@@ -353,24 +353,6 @@ def test_the_head_fits_the_middle_of_its_network_and_nothing_else() -> None:
     cut = build_stock({**UNET, "mid_block_type": None})
     with pytest.raises(ConfigError, match="without a middle block has no features to tap"):
         dmd2.plan(settings(), context(cut))
-
-
-@pytest.mark.parametrize("shape", [(768, 8, 8), (1280, 8, 8), (32, 32, 32), (32, 4, 4), (32, 2, 2)])
-def test_heads_of_all_sizes_tell_features_apart_and_their_seeds(
-    shape: tuple[int, int, int],
-) -> None:
-    with torch.device("meta"):
-        strides = [m.stride[0] for m in Head(shape, 0).modules() if isinstance(m, nn.Conv2d)]
-    assert len(strides) == 2 + {32: 3, 8: 1}.get(shape[1], 0)
-    if shape[0] > 100:
-        return
-    features = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
-    logits = Head(shape, 0)(features).detach()
-    assert float(logits.std()) > 1e-3
-    assert torch.equal(logits, Head(shape, 0)(features))
-    assert not torch.equal(logits, Head(shape, 1)(features))
-    with pytest.raises(ContractError, match="must be halved 1 time"):
-        Head((8, 9, 9), 0)
 
 
 def test_pairs_are_the_teacher_s_samples_whenever_they_are_made(tmp_path: Path) -> None:
