@@ -69,7 +69,46 @@ RUNS: dict[str, Run] = {
         ("name=digits-stochastic", "guided.sampler=stochastic", "guided.steps=[4]"),
     ),
     "small": Run("digits_small"),
+    "guide": Run(
+        "digits_guide",
+        students=(("32-step", DEFAULT), ("16-step", DEFAULT), (".", DEFAULT)),
+        bars="guide",
+    ),
+    "dmd2": Run("digits_dmd2", bars="dmd2"),
+    "dmd2-4": Run("digits_dmd2", ("name=digits-dmd2-4", "dmd2.labels=[999,749,499,249]")),
+    "ctm": Run(
+        "digits_ctm",
+        students=((".", DEFAULT), (".", "2-step"), (".", "4-step"), (".", "4-step-stochastic")),
+        bars="ctm",
+    ),
+    "sfd": Run("digits_sfd", bars="sfd"),
+    "sfd-3": Run("digits_sfd", ("name=digits-sfd-3", "sfd.stamps=[5]")),
+    "sfd-4": Run("digits_sfd", ("name=digits-sfd-4", "sfd.stamps=[6]"), bars="sfd"),
+    "sfd-5": Run("digits_sfd", ("name=digits-sfd-5", "sfd.stamps=[7]")),
+    "sfd-v": Run(
+        "digits_sfd_v",
+        students=(
+            ("variable", DEFAULT),
+            ("variable", "3-evaluations"),
+            ("variable", "4-evaluations"),
+            ("variable", "5-evaluations"),
+            (".", DEFAULT),
+        ),
+    ),
+    "captioned": Run(
+        "captioned_guided", students=(("4-step", DEFAULT), ("2-step", DEFAULT), (".", DEFAULT))
+    ),
+    "captioned-dmd2": Run("captioned_dmd2"),
+    "captioned-msd": Run("captioned_msd"),
 }
+# (run, evaluations), the run and evaluations that it is compared with, and the largest ratio of Frechet distances.
+PAIRS = (
+    *(
+        (("sfd-v", n), (name, n), 1.1)
+        for n, name in enumerate(("sfd", "sfd-3", "sfd-4", "sfd-5"), 2)
+    ),
+    (("ctm", 4), ("ctm", 1), 1.0),
+)
 COLUMNS = (
     "student", "seed", "evaluations", "parameters", "Frechet", "/ naive", "/ teacher", "error / naive",
     "recall", "diversity", "memorised", "accuracy", "CPU s",
@@ -104,6 +143,7 @@ def main() -> int:
         failed = list(filter(None, pool.map(lambda job: launch(*job, options.output), jobs)))
     lines = [line for job in jobs for line in held(*job, options.output)]
     problems = [*failed, *(problem for line in lines for problem in line["problems"])]
+    problems += comparisons(lines)
     record = {
         "ok": not problems,
         "problems": problems,
@@ -167,10 +207,26 @@ def work(name: str, seed: int, output: Path) -> None:
         item = measure(Student.open(root / folder), evaluator, baselines, sampler)
         bar = BARS[run.bars].get(item.nfe) if run.bars else None
         problems = [f"seed {seed}: {problem}" for problem in item.problems(bar)]
-        line = {"teacher": recipe.teacher, "seed": seed, "seconds": read_json(clock)}
+        line = {"run": name, "teacher": recipe.teacher, "seed": seed, "seconds": read_json(clock)}
         lines.append({**line, "problems": problems, **item.to_json()})
     record = {"recipe": recipe.fingerprint, "students": lines}
     write_json(output / f"{name}-{seed}.json", record)
+
+
+def comparisons(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield what misses `PAIRS`, seed by seed, where both are there."""
+    found: dict[tuple[str, float, int], float] = {}
+    for line in lines:
+        # Of several samplers of as many evaluations, the first is meant.
+        place = (line["run"], line["nfe"], line["seed"])
+        found.setdefault(place, line["report"]["frechet"])
+    for seed in sorted({line["seed"] for line in lines}):
+        for own, other, limit in PAIRS:
+            if (*own, seed) in found and (*other, seed) in found:
+                ratio = found[*own, seed] / found[*other, seed]
+                if ratio > limit:
+                    names = [f"{run} at {nfe} evaluation(s)" for run, nfe in (own, other)]
+                    yield f"seed {seed}: {names[0]} is {ratio:.3f} of {names[1]}, at most {limit:g} is required"
 
 
 def table(teacher: str, baselines: Baselines, lines: Sequence[dict[str, Any]]) -> str:

@@ -39,6 +39,7 @@ BARS: Mapping[str, Mapping[int, Bar]] = {
         2: Bar(0.55, 1.45, 0.25),
         1: Bar(0.40, 1.80, 0.15, 0.60),
     },
+    "guide": {32: Bar(None, 1.1), 16: Bar(None, 1.1), 8: Bar(None, 1.1)},
     "sfd": {4: Bar(0.90, 1.5), 2: Bar(0.65, 2.0, 0.35)},
     "dmd2": {1: Bar(0.45, 2.0, recall=0.55)},
     "ctm": {2: Bar(0.65, 2.0), 1: Bar(0.45, 2.0)},
