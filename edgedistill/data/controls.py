@@ -13,7 +13,9 @@ CHANCES = 4
 """Uniform numbers per sample that a control may depend on."""
 
 
-def control_conditions(task: Task, shape: tuple[int, int, int]) -> tuple[Condition, ...]:
+def control_conditions(
+    task: Task, shape: tuple[int, int, int], limits: tuple[float, float] = (-1.0, 1.0)
+) -> tuple[Condition, ...]:
     """Return what a sampler of a task takes from its caller.
 
     Args:
@@ -21,10 +23,11 @@ def control_conditions(task: Task, shape: tuple[int, int, int]) -> tuple[Conditi
             ``inpainting`` an image and a mask of what is to be drawn, and does not look beneath it;
             ``edges`` a map of them.
         shape: (channels, height, width) of a sample.
+        limits: Between which its numbers lie.
     """
     if task == "edges":
         return (Condition("image", "image", shape=(1, *shape[1:]), value_range=(0.0, 1.0)),)
-    image = Condition("image", "image", shape=shape, value_range=(-1.0, 1.0))
+    image = Condition("image", "image", shape=shape, value_range=limits)
     if task == "super_resolution":
         return (image,)
     return (image, Condition("mask", "mask", shape=(1, *shape[1:])))

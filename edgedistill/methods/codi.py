@@ -44,6 +44,7 @@ from edgedistill.table import Blend, Condition, SamplerTable
 
 Conditions = dict[str, Tensor]
 EXAMPLES = 32
+LATENT_LIMITS = (-100.0, 100.0)  # no latent has numbers beyond
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
     ):
         msg = f"`factor` {settings.factor} does not divide images of {height}x{width}."
         raise ConfigError(msg)
-    controls = control_conditions(settings.task, context.shape)
+    controls = control_conditions(settings.task, context.shape, context.clamp or LATENT_LIMITS)
     roles, networks = _roles(settings, context, controls)
     tables = {str(count): _table(settings, context, controls, count) for count in settings.steps}
     default, *further = tables

@@ -44,6 +44,7 @@ class Context:
         null: Their values for "no condition"; empty where the teacher was not trained with any.
         samples: The data, for what a method computes beforehand; None where there is none.
         examples: float32 (count, dim), the teacher's example prompts pooled; None where it reads no text.
+        pooled: The condition that holds the embedding of a whole prompt.
         seed: Key of the weights that no teacher gives.
         space: Meaning of the state (see `SamplerTable`).
         clamp: Range of finished samples, or None.
@@ -60,6 +61,7 @@ class Context:
     null: Mapping[str, Any] = field(default_factory=dict)
     samples: Samples | None = None
     examples: np.ndarray | None = None
+    pooled: str = "pooled"
     seed: int = 0
     space: Mapping[str, Any] = field(
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}

@@ -103,7 +103,8 @@ def partition(settings: MSDSettings, context: Context) -> Router:
         if condition.kind == "class" and condition.size is not None:
             return class_ranges(condition.size, settings.students, condition.name)
         if condition.kind == "text":
-            return principal_planes(_embeddings(settings, context), settings.students)
+            embeddings = _embeddings(settings, context)
+            return principal_planes(embeddings, settings.students, context.pooled)
     msg = "Students share classes or prompts; this teacher has neither."
     raise ConfigError(msg)
 
@@ -115,7 +116,7 @@ def _embeddings(settings: MSDSettings, context: Context) -> np.ndarray:
     if settings.through == "examples" and context.examples is not None:
         return context.examples
     asked = context.samples.first(min(settings.embeddings, len(context.samples)))
-    return asked.conditions["pooled"].numpy()
+    return asked.conditions[context.pooled].numpy()
 
 
 def part_of(router: Router, student: int) -> Subset:

@@ -71,6 +71,12 @@ def context_of(recipe: Recipe, teacher: Teacher, data: EncodedData | None) -> Co
     """Return what the recipe's method builds its plan from."""
     schedule = Schedule.from_config(teacher.scheduler)
     scheduler = student_scheduler(recipe, teacher)
+    pooled, examples = "pooled", None
+    if teacher.text_encoder is not None:
+        outputs = teacher.text_encoder.signature.outputs
+        (pooled,) = (spec.name for spec in outputs if spec.kind == "pooled")
+    if teacher.tokenizer is not None:
+        examples = teacher.embed(teacher.examples)[pooled]
     return Context(
         method=recipe.method,
         teacher=Denoiser(teacher.network, schedule, PredictionType(teacher.prediction_type)),
@@ -81,7 +87,8 @@ def context_of(recipe: Recipe, teacher: Teacher, data: EncodedData | None) -> Co
         conditions=teacher.conditions,
         null=teacher.null,
         samples=data,
-        examples=None if teacher.tokenizer is None else teacher.embed(teacher.examples)["pooled"],
+        examples=examples,
+        pooled=pooled,
         seed=recipe.seed,
         space=teacher.space,
         clamp=teacher.clamp,
