@@ -51,7 +51,8 @@ class Cost:
     """What one optimizer step of an update takes on one device.
 
     Fields:
-        activations: Bytes that its backward pass keeps from the forward pass.
+        activations: Bytes that its backward pass keeps from the forward pass; in float32, since tensors
+            without numbers know no mixed precision.
         flops: Of the forward passes; the backward pass takes about twice what it differentiates.
     """
 
@@ -154,15 +155,15 @@ def _costs(prepared: Prepared, processes: int) -> dict[tuple[str, str], Cost]:
     part = Slice(settings.batch_size, 0, max(1, settings.batch_size // pieces))
     batch = blank_batch(prepared.teacher, part.stop)
     return {
-        (phase.name, update.name): _cost(prepared.recipe, update, modules, batch, part)
+        (phase.name, update.name): _cost(
+            update, modules, batch, PositionDraw(prepared.recipe.seed, ("plan",), part, META)
+        )
         for phase in prepared.plan.phases
         for update in phase.updates
     }
 
 
-def _cost(
-    recipe: Recipe, update: Update, modules: Mapping[str, Any], batch: Batch, part: Slice
-) -> Cost:
+def _cost(update: Update, modules: Mapping[str, Any], batch: Batch, draw: PositionDraw) -> Cost:
     held = (p for module in modules.values() for p in module.parameters())
     weights = {parameter.untyped_storage()._cdata for parameter in held}
     kept: dict[int, int] = {}
@@ -174,14 +175,10 @@ def _cost(
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    precision = recipe.training.mixed_precision
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    draw = PositionDraw(recipe.seed, ("plan",), part, META)
     carry: Any = None
     with (
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
     ):
         for index in range(update.unroll):
             # Of an unrolled update, the first position that makes a step.
@@ -245,7 +242,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             )
     lines += [
         "",
-        "GiB: weights of all roles, gradients, Adam's moments and activations of one process, as float32 master",
-        "weights; data-parallel copies and the allocator's slack come on top.",
+        "GiB: weights of all roles, gradients, Adam's moments and activations of one process, all in float32: mixed",
+        "precision keeps about half of the activations. Data-parallel copies and the allocator's slack come on top.",
     ]
     return "\n".join(lines)
