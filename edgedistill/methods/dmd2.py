@@ -270,10 +270,17 @@ class Distillation:
         return matching_loss(images, gradient)
 
     def _regression(self, step: Step, student: str) -> Tensor:
-        """Compare the student's first evaluation with the teacher's samples of the same noise."""
+        """Compare one evaluation with the teacher's samples: of the same noise, or of themselves noised to its label."""
+        denoiser: Denoiser = step.roles[student]
         noise, batch = self.pairs.sample(step.roles["teacher"], step.draw)
-        made = evaluate(self.table, step.roles[student], [noise], batch)
-        return (made - batch.x).square().mean()
+        row = step.draw.shared_integer(0, len(self.settings.labels))
+        t = torch.full((len(noise),), self.settings.labels[row], device=noise.device)
+        z = (
+            noised_data(denoiser, batch, t, step.draw)
+            if row
+            else noise * denoiser.schedule.first_scale
+        )
+        return (denoiser.x0(z, t, batch.conditions) - batch.x).square().mean()
 
 
 def student_table(settings: DMD2Settings, context: Context) -> SamplerTable:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.methods import dmd2
 from edgedistill.methods.context import Context
-from edgedistill.methods.losses import matching_loss, prediction_mse
+from edgedistill.methods.losses import matching_loss
 from edgedistill.methods.plan import Batch, OptimizerSettings, Plan, Step, Stretch
 from edgedistill.methods.targets import matching_gradient
 from edgedistill.models.denoiser import Denoiser
@@ -318,29 +318,6 @@ def test_the_mean_gradient_is_nothing_where_the_student_makes_data() -> None:
     assert abs(matching_gradient(x, real, learnt - 0.1).mean().item()) > 0.2
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_fake_score_s_loss_is_the_plain_error_of_what_it_predicts(kind: str) -> None:
-    denoiser = Denoiser(Affine(MEAN, SPREAD), SCHEDULE, PredictionType(kind))
-    draw = torch.Generator().manual_seed(0)
-    x, eps, raw = (torch.randn(5, *SHAPE, generator=draw, dtype=torch.float64) for _ in range(3))
-    t = torch.tensor([1, 250, 500, 750, 980])
-    alpha, sigma = denoiser.alpha_sigma(t)
-    z = alpha * x + sigma * eps
-    wanted = {"epsilon": eps, "sample": x, "v_prediction": alpha * eps - sigma * x}[kind]
-    found = prediction_mse(denoiser, denoiser.to_x0(z, t, raw), x, t)
-    torch.testing.assert_close(found, (raw - wanted).square().mean(), rtol=1e-5, atol=0)
-
-
-def test_edm_s_weighting_is_that_of_the_reference_code() -> None:
-    schedule = Schedule.from_config({"_class_name": "EDMEulerScheduler"})
-    denoiser = Denoiser(Affine(MEAN, SPREAD), schedule, PredictionType("edm"))
-    x, made, t = torch.zeros(1, *SHAPE), torch.ones(1, *SHAPE), torch.tensor([600])
-    sigma = float(schedule.sigmas[600])
-    assert prediction_mse(denoiser, made, x, t).item() == pytest.approx(
-        sigma**-2 + 0.5**-2, rel=1e-5
-    )
-
-
 def test_the_head_fits_the_middle_of_its_network_and_nothing_else() -> None:
     method = dmd2.Distillation(settings(), context())
     head, fake = method.head(), context().teacher
@@ -377,6 +354,29 @@ def test_pairs_are_the_teacher_s_samples_whenever_they_are_made(tmp_path: Path) 
     plan = dmd2.plan(chosen, context())
     assert [phase.name for phase in plan.phases] == ["warm-up", "match"]
     run(plan, tmp_path)
+
+
+def test_regression_trains_every_evaluation_on_the_teacher_s_samples() -> None:
+    chosen = settings(labels=(999, 499), warm_up=Stretch(2, ADAM), pairs=dmd2.PairSettings(70, 3))
+    plan = dmd2.plan(chosen, context())
+    student, loss = plan.roles[-1].module, plan.phases[0].updates[0].loss
+    seen: list[tuple[float, Tensor]] = []
+    student.network.register_forward_pre_hook(
+        lambda *call: seen.append((call[2]["timestep"][0].item(), call[2]["sample"])),
+        with_kwargs=True,
+    )
+    pairs = dmd2.Distillation(chosen, context()).pairs
+    alpha, sigma = SCHEDULE.alpha_sigma(499)
+    for place in range(8):
+        loss(step_of(plan, 64, f"{place}"))
+        draw = PositionDraw(0, (f"{place}",), Slice(64, 0, 64), torch.device("cpu"))
+        noise, batch = pairs.sample(context().teacher, draw)
+        label, z = seen[-1]
+        fresh = noise if label == 999 else (z - alpha * batch.x) / sigma
+        assert torch.equal(z, noise) == (label == 999)
+        assert abs(fresh.mean().item()) < 0.06
+        assert fresh.std().item() == pytest.approx(1.0, abs=0.05)
+    assert {label for label, _ in seen} == {999, 499}
 
 
 def test_students_that_cannot_be_are_refused() -> None:

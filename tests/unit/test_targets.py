@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
-from edgedistill.methods.losses import weighted_mse
+from edgedistill.methods.losses import prediction_mse, weighted_mse
 from edgedistill.methods.targets import cfg_combine, ddim_step, progressive_target
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.prediction import PredictionType
@@ -105,3 +105,22 @@ def test_the_signature_of_a_denoiser_is_its_networks() -> None:
         ),
         (TensorSpec("out_sample", (BATCH, 1, 4, 4), "float32", "raw"),),
     )
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_error_of_the_prediction_is_that_of_x0_over_its_coefficient(kind: str) -> None:
+    d, x, eps, raw = denoiser(kind), noise(0), noise(1), noise(2)
+    t = torch.tensor([1, 200, 400, 600, 800, 980])
+    alpha, sigma = d.alpha_sigma(t)
+    z = alpha * x + sigma * eps
+    wanted = {"epsilon": eps, "sample": x, "v_prediction": alpha * eps - sigma * x}[kind]
+    found = prediction_mse(d, d.to_x0(z, t, raw), x, t)
+    torch.testing.assert_close(found, (raw - wanted).square().mean(), rtol=1e-4, atol=0)
+
+
+def test_the_error_of_edm_s_prediction_has_the_weight_of_its_code() -> None:
+    schedule = Schedule.from_config({"_class_name": "EDMEulerScheduler"})
+    edm = Denoiser(Stub(), schedule, PredictionType("edm"))
+    sigma = float(schedule.sigmas[600])
+    found = prediction_mse(edm, noise(0) + 1, noise(0), torch.full((6,), 600))
+    assert found.item() == pytest.approx(sigma**-2 + 0.5**-2, rel=1e-5)
