@@ -46,9 +46,17 @@ class _Stopwatch(Unwatched):
         self._last = now
 
 
+class _Highest(PositionDraw):
+    """Draws that choose the dearest for the whole batch: the largest stage, the most steps."""
+
+    def shared_integer(self, low: int, high: int) -> int:  # noqa: ARG002
+        """Return the highest number."""
+        return high - 1
+
+
 @dataclass(frozen=True)
 class Cost:
-    """What one optimizer step of an update takes on one device.
+    """What one optimizer step of an update takes at most on one device.
 
     Fields:
         activations: Bytes that its backward pass keeps from the forward pass; in float32, since tensors
@@ -156,7 +164,7 @@ def _costs(prepared: Prepared, processes: int) -> dict[tuple[str, str], Cost]:
     batch = blank_batch(prepared.teacher, part.stop)
     return {
         (phase.name, update.name): _cost(
-            update, modules, batch, PositionDraw(prepared.recipe.seed, ("plan",), part, META)
+            update, modules, batch, _Highest(prepared.recipe.seed, ("plan",), part, META)
         )
         for phase in prepared.plan.phases
         for update in phase.updates
@@ -238,7 +246,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
             repeated = f" x {update['unroll']}" if update["unroll"] > 1 else ""
             lines.append(
                 f"  update {update['name']}: steps {', '.join(update['steps'])}{repeated} every {update['every']},"
-                f" {update['forward_flops'] / 1e12:.3g} TFLOP forward"
+                f" at most {update['forward_flops'] / 1e12:.3g} TFLOP forward"
             )
     lines += [
         "",

@@ -7,7 +7,7 @@ import pytest
 
 from edgedistill.config import build, override
 from edgedistill.errors import ConfigError
-from edgedistill.training.recipe import Recipe
+from edgedistill.training.recipe import recipe_class
 
 
 @dataclass(frozen=True)
@@ -90,4 +90,8 @@ def test_overrides_leave_the_original_alone_and_need_an_equals_sign() -> None:
 )
 def test_impossible_recipes_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(Recipe, {"name": "n", "teacher": "digits", "data": "digits", **change}, "r.yaml")
+        build(
+            recipe_class("guided"),
+            {"name": "n", "teacher": "digits", "data": "digits", **change},
+            "r.yaml",
+        )

@@ -122,6 +122,17 @@ def test_the_plan_shows_the_memory_that_it_saves() -> None:
     assert 1.9 < whole / activations(gradient_accumulation=2) < 2.1
 
 
+def test_the_plan_counts_the_largest_of_what_is_drawn() -> None:
+    path = Path(__file__).parents[2] / "examples" / "digits_lowdiff.yaml"
+    flops = {}
+    for factors in ("[2,1]", "[1]"):
+        steps = "[[1,1]]" if factors == "[2,1]" else "[[1]]"
+        chosen = [f"lowdiff.factors={factors}", "lowdiff.shares=[]", f"lowdiff.steps={steps}"]
+        plan = describe(Recipe.load(path, chosen), is_sketch=True)
+        flops[factors] = plan["phases"][0]["updates"][0]["forward_flops"]
+    assert 1 < flops["[2,1]"] / flops["[1]"] < 1.2  # the image's stem comes on top
+
+
 def test_settings_that_leave_the_weights_as_they_are_do_not_make_another_recipe() -> None:
     assert recipe().fingerprint == recipe(gradient_checkpointing=True, log_every=1).fingerprint
     assert recipe().fingerprint != recipe(tf32=True).fingerprint
