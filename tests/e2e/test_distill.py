@@ -128,9 +128,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert [phase["name"] for phase in plan["phases"]] == ["fold", "halve to 2", "halve to 1"]
     assert [phase["emits"] for phase in plan["phases"]] == [None, "2-step", "1-step"]
     assert {role["name"]: role["trained"] for role in plan["roles"]} == {
-        "teacher": False,
-        "student": True,
-        "previous": False,
+        "teacher": 0,
+        "student": 164_497,
+        "previous": 0,
     }
     assert all(phase["seconds_per_iteration"] > 0 for phase in plan["phases"])
     assert list(tmp_path.iterdir()) == []
