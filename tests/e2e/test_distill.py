@@ -178,7 +178,10 @@ def test_images_that_do_not_fit_the_teacher_are_refused(
     data = tmp_path / "big.npz"
     np.savez(data, images=np.zeros((4, 16, 16, 1), np.uint8), labels=np.arange(4))
     assert main(arguments(tmp_path / "s", "--set", f"data={data}")) == 2
-    assert "do not fit teacher 'digits': images are (1, 16, 16), not (1, 8, 8)" in capsys.readouterr().err
+    assert (
+        "do not fit teacher 'digits': images are (1, 16, 16), not (1, 8, 8)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_loss_that_is_not_finite_leaves_no_student_and_says_where(

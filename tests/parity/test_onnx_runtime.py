@@ -151,7 +151,9 @@ def test_the_check_measures_decibels():
     frozen.forward = lambda *inputs: inputs[0]
     off_by_a_thousandth = lambda feeds: {"out_sample": feeds["sample"] * np.float32(1.001)}  # noqa: E731
     assert check_against(frozen, off_by_a_thousandth, 50, "x") == pytest.approx(60, abs=0.01)
-    with pytest.raises(CheckFailedError, match="x: 60.0 dB SNR of `out_sample` against PyTorch, at least 61 dB"):
+    with pytest.raises(
+        CheckFailedError, match="x: 60.0 dB SNR of `out_sample` against PyTorch, at least 61 dB"
+    ):
         check_against(frozen, off_by_a_thousandth, 61, "x")
 
 

@@ -85,7 +85,10 @@ def test_the_text_says_how_to_install_what_is_missing(installed, capsys):
     assert main(["env"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "core: ready" in lines
-    assert 'openvino: openvino missing, tokenizers missing; run: pip install "edgedistill[openvino]"' in lines
+    assert (
+        'openvino: openvino missing, tokenizers missing; run: pip install "edgedistill[openvino]"'
+        in lines
+    )
 
 
 def test_json_holds_versions_and_verdicts(capsys):
