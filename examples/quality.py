@@ -1,6 +1,6 @@
 """The quality table: students of every method over several seeds, beside their bars.
 
-python examples/quality.py -o quality [--only sfd ctm] [--seeds 0 1 2] [--jobs 2] [--json]
+python examples/quality.py -o quality [--only sfd ctm] [--seeds 0 1 2] [--jobs 2] [--held] [--json]
 
 Each training is a process of its own with one thread, as many at a time as there are jobs. What it measured is kept
 as quality/NAME-SEED.json; the same command goes on where it was broken off, and makes anew what was made with other
@@ -127,6 +127,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--held", action="store_true", help="train nothing, show what is there")
     parser.add_argument("--json", action="store_true", help="print quality.json")
     parser.add_argument("--job", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -139,8 +140,10 @@ def main() -> int:
         return 0
     teachers = list(dict.fromkeys(RUNS[name].load(0).teacher for name in options.only))
     baselines = {name: baselines_of(name, options.output)[1] for name in teachers}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        failed = list(filter(None, pool.map(lambda job: launch(*job, options.output), jobs)))
+    failed: list[str] = []
+    if not options.held:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            failed = list(filter(None, pool.map(lambda job: launch(*job, options.output), jobs)))
     lines = [line for job in jobs for line in held(*job, options.output)]
     problems = [*failed, *(problem for line in lines for problem in line["problems"])]
     problems += comparisons(lines)
