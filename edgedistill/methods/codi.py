@@ -75,6 +75,8 @@ class CodiSettings:
         keeps: Whether the sampler puts the known pixels of inpainting back in the end.
         timestep_scaling: How fast the boundary condition fades with the time.
         ema: Rate of the average that is the target, and is written.
+        adapt: Length and optimizer of a phase before, without agreement, which teaches the adapter its task;
+            None: none, as in the paper. It pays where training is short.
         train: Length and optimizer.
     """
 
@@ -96,6 +98,7 @@ class CodiSettings:
     keeps: bool = False
     timestep_scaling: float = 10.0
     ema: float = 0.99995
+    adapt: Stretch | None = None
     train: Stretch = field(
         default_factory=lambda: Stretch(
             100_000,
@@ -120,7 +123,7 @@ class CodiSettings:
 
 
 def plan(settings: CodiSettings, context: Context) -> Plan:
-    """Lay out the one phase.
+    """Lay out the phases.
 
     Raises:
         ConfigError: If the network takes no adapter, or the images do not divide by `factor`.
@@ -142,11 +145,26 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
         {f"{name}-step": tables[name] for name in further},
         examples=_examples(settings, context),
     )
-    trained = tuple(role.name for role in roles if role.trained)
+    stretches = {"codi": (settings.train, settings)}
+    if settings.adapt is not None:
+        alone = dataclasses.replace(settings, agreement=0.0)
+        stretches = {"adapt": (settings.adapt, alone), **stretches}
     grid = jump_grid(context.schedule, settings.jumps, settings.spacing)
-    update = Update("student", trained, codi_loss(settings, grid), settings.train.optimizer)
-    phase = Phase("codi", settings.train.iterations, (update,), preview=student, emits=student)
-    return Plan(roles, (phase,))
+    trained = tuple(role.name for role in roles if role.trained)
+    # What a phase goes on from is the average of the one before.
+    averages = tuple((role.name, role.follows.role) for role in roles if role.follows is not None)
+    phases = tuple(
+        Phase(
+            name,
+            stretch.iterations,
+            (Update("student", trained, codi_loss(chosen, grid), stretch.optimizer),),
+            copies=averages if index else (),
+            preview=student,
+            emits=student if name == "codi" else None,
+        )
+        for index, (name, (stretch, chosen)) in enumerate(stretches.items())
+    )
+    return Plan(roles, phases)
 
 
 def _examples(settings: CodiSettings, context: Context) -> dict[str, np.ndarray]:
