@@ -58,6 +58,8 @@ class LowdiffSettings:
             EDM (arXiv:2206.00364, table 1); other families draw their times evenly.
         steps: Rows of each stage, one entry per sampler to write; the first one is the default.
         sampled_noise: Scale of the noise on the smaller image in sampling.
+        power: Times of the stages after the first are ``T (k / N)^power``: above 1 they favour low noise, since
+            most of the picture is known from the start.
         ema: Rate of the average that is written.
         train: Length and optimizer.
     """
@@ -70,6 +72,7 @@ class LowdiffSettings:
     log_sigma: tuple[float, float] = (-1.2, 1.2)
     steps: tuple[tuple[int, ...], ...] = ((16, 8, 4),)
     sampled_noise: float = 0.0
+    power: float = 1.0
     ema: float = 0.9999
     train: Stretch = field(
         default_factory=lambda: Stretch(
@@ -199,16 +202,30 @@ def relative_size(shape: Shape, last: Shape) -> float:
     return shape[1] / last[1]
 
 
+def stage_times(labels: int, count: int, power: float) -> tuple[int, ...]:
+    """Return falling labels at ``labels * (k / count)^power - 1``; power 1 is diffusers' trailing grid.
+
+    Raises:
+        ConfigError: If two of them would be the same.
+    """
+    shares = (np.arange(count, 0, -1) / count) ** power
+    times = tuple(int(t) for t in (labels * shares).round() - 1)
+    if any(a <= b for a, b in itertools.pairwise((*times, END))):
+        msg = f"{count} rows at `power` {power:g} ask for times closer than the schedule's {labels} labels; ask for fewer."
+        raise ConfigError(msg)
+    return times
+
+
 def _table(
     settings: LowdiffSettings, context: Context, shapes: tuple[Shape, ...], steps: tuple[int, ...]
 ) -> SamplerTable:
     schedule, stages, used = context.schedule, [], 0
     for index, (shape, count) in enumerate(zip(shapes, steps, strict=True)):
-        times = [*schedule.timesteps(count, "trailing"), END]
+        times = stage_times(schedule.num_train_timesteps, count, settings.power if index else 1.0)
         feeds = {"r": relative_size(shape, shapes[-1])} if len(shapes) > 1 else {}
         rows = tuple(
             ddim_row(schedule, t, s, context.kind, network=_network(shape), feeds=feeds)
-            for t, s in itertools.pairwise(times)
+            for t, s in itertools.pairwise([*times, END])
         )
         stage = Stage(shape, rows, init_noise=(schedule.first_scale, used))
         used += 1

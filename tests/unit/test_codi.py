@@ -34,7 +34,7 @@ from edgedistill.student import EXAMPLES
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
 from edgedistill.teacher import Teacher
 from edgedistill.training.draw import PositionDraw, Slice
-from edgedistill.training.recipe import recipe_class
+from edgedistill.training.recipe import Recipe, recipe_class
 from edgedistill.training.run import distill
 from edgedistill.validate import validate
 
@@ -220,6 +220,25 @@ def test_everything_may_be_trained_and_averaged(context) -> None:
     assert isinstance(average, GuidedDenoiser)
     assert average.base is roles["base average"].module
     assert made.phases[0].emits.networks == {"adapter": "average", "unet": "base average"}
+
+
+def test_a_phase_before_teaches_the_task_alone(context) -> None:
+    made = plan(CodiSettings(adapt=Stretch(3), train=SHORT), context)
+    first, second = made.phases
+    assert (first.iterations, first.emits, first.copies) == (3, None, ())
+    assert (second.iterations, second.copies) == (2, (("average", "student"),))
+    modules = {role.name: role.module for role in made.roles}
+    terms = [phase.updates[0].loss(Step(modules, batch(), draw(1))).terms for phase in made.phases]
+    assert [sorted(item) for item in terms] == [["guidance"], ["agreement", "guidance"]]
+
+
+@pytest.mark.parametrize("name", ["digits_codi_super", "digits_codi_inpaint"])
+def test_shipped_recipes_train_less_than_a_third(context, name: str) -> None:
+    path = Path(__file__).parents[2] / "examples" / f"{name}.yaml"
+    settings = Recipe.load(path).settings
+    modules = {role.name: role.network for role in plan(settings, context).roles if role.trained}
+    count = sum(p.numel() for module in modules.values() for p in module.parameters())
+    assert count <= 0.3 * sum(p.numel() for p in context.base.parameters())
 
 
 def test_an_image_may_enter_the_first_layer(context) -> None:

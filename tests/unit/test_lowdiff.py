@@ -19,6 +19,7 @@ from edgedistill.methods.lowdiff import (
     plan,
     prediction_error,
     stage_shapes,
+    stage_times,
     told_image,
 )
 from edgedistill.methods.plan import Batch, Step
@@ -238,6 +239,15 @@ def test_stages_are_trained_on_by_their_shares() -> None:
     parts = np.arange(0, 1 << 20, 1 << 10)
     counts = np.bincount([settings.stage(int(part)) for part in parts])
     assert counts.tolist() == [512, 256, 256]
+
+
+def test_times_are_the_trailing_grid_or_favour_low_noise(context) -> None:
+    for count in (1, 2, 3, 7, 16, 50):
+        expected = context.schedule.timesteps(count, "trailing")
+        assert stage_times(1000, count, 1.0) == expected
+    assert stage_times(1000, 4, 1.5) == (999, 649, 353, 124)
+    with pytest.raises(ConfigError, match="closer than the schedule's 1000 labels"):
+        stage_times(1000, 50, 3.0)
 
 
 def test_random_weights_depend_on_the_seed_alone(context) -> None:
