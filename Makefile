@@ -18,7 +18,7 @@ check: .venv/done
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-quality: .venv/done  ## The students over three seeds: quality/quality.md and quality.json.
+quality: .venv/done  ## Every method over three seeds, side by side and resumable: quality/quality.md and quality.json.
 	$(BIN)/python examples/quality.py -o quality
 
 teacher: .venv/done  ## Train the packaged teachers again and compare them byte for byte.
