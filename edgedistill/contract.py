@@ -1,5 +1,6 @@
 """What a network takes and gives: names, dtypes and shapes that trainer, exporter and runtimes share."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,18 +21,21 @@ class TensorSpec:
     """One named tensor at the border of a network.
 
     Fields:
-        name: The name in the exported graph, such as ``"sample"``.
-        shape: Sizes; a string stands for a free size (``"batch"``), equal wherever it is repeated.
-        dtype: One of ``DTYPES``.
+        name: What everything here calls it, such as ``"sample"``.
+        shape: Sizes in the graph; a string stands for a free size (``"batch"``), equal wherever it is repeated.
+        dtype: In the graph, one of ``DTYPES``.
         kind: What it means: ``x`` (state), ``t`` (timestep label), ``class``, ``w`` (guidance),
             ``raw`` (prediction); ``tokens`` of prompts, ``text`` and ``pooled`` (their embeddings);
-            ``size`` of the picture; ``image``, ``latent``; further kinds belong to later networks.
+            ``size`` of the picture; ``image``, ``latent``, ``moments`` (mean and log-variance of latents);
+            further kinds belong to later networks.
+        graph: The name in the exported graph where it is another; see `edgedistill.network`.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str
     kind: str
+    graph: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -41,9 +45,16 @@ class TensorSpec:
             msg = f"`{self.name}`: sizes must be at least 1, got {list(self.shape)}."
             raise ContractError(msg)
 
+    @property
+    def graph_name(self) -> str:
+        """The name in the exported graph."""
+        return self.graph or self.name
+
     def with_batch(self, batch: int | str) -> "TensorSpec":
-        """Return the same tensor with its leading size set to `batch`."""
-        return TensorSpec(self.name, (batch, *self.shape[1:]), self.dtype, self.kind)
+        """Return the same tensor with its leading size, if it has one, set to `batch`."""
+        if not self.shape:
+            return self
+        return dataclasses.replace(self, shape=(batch, *self.shape[1:]))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -52,12 +63,14 @@ class TensorSpec:
             "shape": list(self.shape),
             "dtype": self.dtype,
             "kind": self.kind,
+            **({"graph": self.graph} if self.graph else {}),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TensorSpec":
         """Read what `to_json` wrote."""
-        return cls(data["name"], tuple(data["shape"]), data["dtype"], data["kind"])
+        shape = tuple(data["shape"])
+        return cls(data["name"], shape, data["dtype"], data["kind"], data.get("graph"))
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,8 @@ class Signature:
         return Signature(
             *(
                 tuple(
-                    TensorSpec(
-                        spec.name,
-                        tuple(sizes.get(str(size), size) for size in spec.shape),
-                        spec.dtype,
-                        spec.kind,
+                    dataclasses.replace(
+                        spec, shape=tuple(sizes.get(str(size), size) for size in spec.shape)
                     )
                     for spec in side
                 )

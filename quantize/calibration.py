@@ -5,6 +5,7 @@ import numpy as np
 from edgedistill.bundle import CALIBRATION, Bundle
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
+from edgedistill.network import in_dialect
 from edgedistill.probes import load_probes
 
 Batch = dict[str, np.ndarray]
@@ -25,7 +26,7 @@ def calibration_batches(
         subset_size: Most samples to use; the last batch is filled up with samples of the first.
 
     Returns:
-        One dictionary of inputs by name per batch, dtypes as in the signature.
+        One dictionary of inputs per batch, by their names in the graph, as the signature says.
 
     Raises:
         BundleError: If the bundle holds no probes for this network.
@@ -42,9 +43,6 @@ def calibration_batches(
     size = signature.batch or 1
     batches = np.resize(chosen, (-(-len(chosen) // size), size))
     return [
-        {
-            spec.name: np.ascontiguousarray(probes[names[spec.name]][index], dtype=spec.dtype)
-            for spec in signature.inputs
-        }
+        in_dialect(signature, {name: probes[held][index] for name, held in names.items()})
         for index in batches
     ]

@@ -51,3 +51,14 @@ def test_free_sizes_are_bound_by_name_on_both_sides() -> None:
     assert [spec.shape for spec in bound.inputs] == [(BATCH, 1, 8, 8), (BATCH, 7, 4)]
     assert bound.outputs[0].shape == (BATCH, 7, 4)
     assert bound.bind(length=9) == bound
+
+
+def test_a_name_in_the_graph_survives_json_and_every_change() -> None:
+    spec = TensorSpec("w", (BATCH, LENGTH), "float32", "w", "timestep_cond")
+    scalar = TensorSpec("timestep", (), "float32", "t")
+    signature = Signature((spec, scalar), ())
+    assert Signature.from_json(signature.to_json()) == signature
+    assert "graph" not in scalar.to_json()
+    bound = signature.with_batch(2).bind(length=7)
+    assert [item.graph_name for item in bound.inputs] == ["timestep_cond", "timestep"]
+    assert [item.shape for item in bound.inputs] == [(2, 7), ()]
