@@ -69,7 +69,7 @@ def run_table(
     if len(noise) != table.noise_count:
         msg = f"The table needs a noise bank of {table.noise_count} arrays, got {len(noise)}."
         raise ContractError(msg)
-    given = _encoded(table, networks, conditions)
+    given = encoded(table, networks, conditions)
     called = networks if table.router is None else _routed(table.router, networks, given)
     z: Array = None
     index = 0
@@ -87,6 +87,21 @@ def run_table(
             index += 1
     output = z if table.decoder is None else _decoded(table, _find(networks, table.decoder), z)
     return output if table.clamp is None else output.clip(*table.clamp)
+
+
+def encoded(
+    table: SamplerTable, networks: Mapping[str, Network], conditions: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return the conditions, with what the text encoder makes of tokens and of the tokens of the null text."""
+    given = dict(conditions)
+    text = table.condition("text")
+    if text is None or text.encoder is None:
+        return given
+    for prefix in ("", NULL):
+        if prefix + TOKENS in conditions:
+            made = _find(networks, text.encoder)({TOKENS: conditions[prefix + TOKENS]})
+            given |= {prefix + name: value for name, value in made.items()}
+    return given
 
 
 def enter_stage(
@@ -204,21 +219,6 @@ def _find(networks: Mapping[str, Network], name: str) -> Network:
         msg = f"The table calls a network that is not there: {name}."
         raise ContractError(msg)
     return networks[name]
-
-
-def _encoded(
-    table: SamplerTable, networks: Mapping[str, Network], conditions: Mapping[str, Array]
-) -> dict[str, Array]:
-    """Add what the text encoder makes of tokens, and of the tokens of the null text."""
-    given = dict(conditions)
-    text = table.condition("text")
-    if text is None or text.encoder is None:
-        return given
-    for prefix in ("", NULL):
-        if prefix + TOKENS in conditions:
-            made = _find(networks, text.encoder)({TOKENS: conditions[prefix + TOKENS]})
-            given |= {prefix + name: value for name, value in made.items()}
-    return given
 
 
 def _decoded(table: SamplerTable, decoder: Network, z: Array) -> Array:
