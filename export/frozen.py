@@ -11,7 +11,8 @@ from edgedistill.models import store
 from edgedistill.network import Session
 
 LAST_TIMESTEP = 999.0
-FREE_BATCH_EXAMPLE = 2
+# Sizes to trace and to check with where the signature leaves them free.
+FREE_SIZES = {BATCH: 2, "height": 16, "width": 24, "image_height": 64, "image_width": 96}
 TOKENS_EXAMPLE = 16  # the smallest vocabulary here has 29
 
 
@@ -47,23 +48,25 @@ class Frozen(nn.Module):
 def examples(signature: Signature) -> tuple[Tensor, ...]:
     """Return inputs in signature order to trace and to check with.
 
-    Timesteps run from the noisiest down, because float16 errs most there; a free batch becomes two.
+    Timesteps run from the noisiest down, because float16 errs most there; free sizes are `FREE_SIZES`.
     """
-    batch = signature.batch or FREE_BATCH_EXAMPLE
     generator = torch.Generator().manual_seed(0)
-    return tuple(_example(spec, batch, generator) for spec in signature.inputs)
+    return tuple(_example(spec, generator) for spec in signature.inputs)
 
 
-def _example(spec: TensorSpec, batch: int, generator: torch.Generator) -> Tensor:
-    shape = [batch if size == BATCH else int(size) for size in spec.shape]
-    match spec.kind:
-        case "t" | "s":
-            value = torch.linspace(LAST_TIMESTEP, 0, batch)
-        case "class" | "mask":
-            value = (torch.arange(batch) % 2).reshape([-1] + [1] * (len(shape) - 1)).expand(shape)
-        case "w" | "step" | "r":
-            value = torch.linspace(0.5, 1.5, batch)
-        case "tokens":
+def _example(spec: TensorSpec, generator: torch.Generator) -> Tensor:
+    shape = [FREE_SIZES[size] if isinstance(size, str) else size for size in spec.shape]
+    match spec.kind, len(shape):
+        case "t", 0:
+            value = torch.tensor(LAST_TIMESTEP)
+        case "t" | "s", _:
+            value = torch.linspace(LAST_TIMESTEP, 0, shape[0])
+        case "class" | "mask", _:
+            ones = [1] * (len(shape) - 1)
+            value = (torch.arange(shape[0]) % 2).reshape(-1, *ones).expand(shape)
+        case "w" | "step" | "r", 1:
+            value = torch.linspace(0.5, 1.5, shape[0])
+        case "tokens", _:
             value = torch.randint(0, TOKENS_EXAMPLE, shape, generator=generator)
         case _:
             value = torch.randn(shape, generator=generator)

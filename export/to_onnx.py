@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from edgedistill import plugins
-from edgedistill.contract import BATCH, Signature
+from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
@@ -105,7 +105,7 @@ def _export_traced(frozen: Frozen, path: Path, opset: int) -> None:
     inputs, outputs = (
         [spec.name for spec in side] for side in (frozen.signature.inputs, frozen.signature.outputs)
     )
-    free = frozen.signature.batch is None
+    specs = (*frozen.signature.inputs, *frozen.signature.outputs)
     torch.onnx.export(
         frozen,
         examples(frozen.signature),
@@ -113,16 +113,21 @@ def _export_traced(frozen: Frozen, path: Path, opset: int) -> None:
         opset_version=opset,
         input_names=inputs,
         output_names=outputs,
-        dynamic_axes={name: {0: BATCH} for name in inputs + outputs} if free else None,
+        dynamic_axes={spec.name: free for spec in specs if (free := _free_axes(spec))},
         dynamo=False,
     )
+
+
+def _free_axes(spec: TensorSpec) -> dict[int, str]:
+    return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
 def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> None:
     require("onnxscript", "onnx")
     inputs, outputs = frozen.signature.inputs, frozen.signature.outputs
-    free = frozen.signature.batch is None
-    shapes = (tuple({0: torch.export.Dim(BATCH)} for _ in inputs),) if free else None
+    free = [_free_axes(spec) for spec in inputs]
+    sizes = {name: torch.export.Dim(name) for axes in free for name in axes.values()}
+    shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in free)
     torch.onnx.export(
         frozen,
         examples(frozen.signature),
@@ -130,7 +135,7 @@ def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> None:
         opset_version=opset,
         input_names=[spec.name for spec in inputs],
         output_names=[spec.name for spec in outputs],
-        dynamic_shapes=shapes,
+        dynamic_shapes=(shapes,) if sizes else None,
         dynamo=True,
         verbose=False,
     )
