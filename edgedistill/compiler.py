@@ -13,7 +13,14 @@ from edgedistill.mixture import CallOptions
 from edgedistill.prediction import prediction_of
 from edgedistill.rows import Trail, consistency_row, ddim_row, jump_and_noise_row
 from edgedistill.schedule import Schedule, check_num_steps
-from edgedistill.solvers import dpm_rows, edm_dpm_rows, edm_euler_rows, euler_rows, flow_rows
+from edgedistill.solvers import (
+    dpm_rows,
+    edm_dpm_rows,
+    edm_euler_rows,
+    euler_rows,
+    flow_rows,
+    swift_rows,
+)
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
 
 Build = Callable[[Mapping[str, Any], int, CallOptions], Trail]
@@ -214,6 +221,14 @@ _PLAIN_DPM = {
     "solver_order": (1, 2, 3),
     "solver_type": ("midpoint",),
 }
+# Apple's pipelines have one schedule; the class is named here, no file of diffusers names it.
+_SWIFT = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "timestep_spacing": "linspace",
+}
 _EDM = {
     "final_sigmas_type": "zero",
     "rho": 7.0,
@@ -249,6 +264,17 @@ FAMILIES: Mapping[str, Family] = {
             "use_flow_sigmas": (None, False),
             "use_lu_lambdas": (None, False),
             "variance_type": (None, "fixed_small"),
+        },
+    ),
+    "SwiftDPMSolverMultistepScheduler": Family(
+        swift_rows,
+        _SWIFT,
+        {
+            **{key: (value,) for key, value in _SWIFT.items()},
+            "prediction_type": ("epsilon",),
+            "rescale_betas_zero_snr": (None, False),
+            "timestep_spacing": ("linspace", "leading", "karras"),
+            "trained_betas": (None,),
         },
     ),
     "EDMEulerScheduler": Family(edm_euler_rows, _EDM, _PLAIN_EDM),

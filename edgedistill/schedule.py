@@ -302,6 +302,7 @@ _FAMILIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], Schedule], Mapping[s
     },
     "PNDMScheduler": (_variance_preserving, {**_PIXEL, "set_alpha_to_one": False}),
     "LCMScheduler": (_variance_preserving, _LATENT),
+    "SwiftDPMSolverMultistepScheduler": (_variance_preserving, _LATENT),
     "TCDScheduler": (_variance_preserving, _LATENT),
     "EDMEulerScheduler": (_edm, _EDM),
     "EDMDPMSolverMultistepScheduler": (_edm, _EDM),

@@ -81,6 +81,29 @@ def dpm_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> T
     return _rows(full, path, "dpmsolver++", options), 1.0
 
 
+def swift_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
+    """Build the rows of DPM-Solver++ (2M) as Apple's Swift package takes them (apple/ml-stable-diffusion).
+
+    From diffusers' they differ in the grid, and below 15 steps in the row before the last, which is of first
+    order too. The package decodes its last estimate of x, so that is what the last row returns.
+
+    Args:
+        full: Its fixed schedule, and ``timestep_spacing``: linspace, leading or karras.
+        num_steps: Number of rows.
+        options: How rows call the network.
+
+    Raises:
+        ConfigError: If the package cannot take so many steps.
+    """
+    times, levels = _swift_levels(full, num_steps)
+    points = [(_alpha(level), level * _alpha(level)) for level in [*levels, 0.0]]
+    path = Descent(times, times, points, [1.0] * num_steps)
+    orders = solver_orders(num_steps, 2, lower_order_final=False)
+    first_order = 2 if num_steps < 15 else 1
+    orders[-first_order:] = [1] * min(first_order, num_steps)
+    return _rows(full, path, "dpmsolver++", options, orders), 1.0
+
+
 def edm_euler_rows(full: Mapping[str, Any], num_steps: int, options: CallOptions) -> Trail:
     """Build Euler's rows of diffusers' EDMEulerScheduler; arguments and errors are those of `euler_rows`."""
     path = _edm_path(full, num_steps)
@@ -164,9 +187,16 @@ def _dpm_orders(full: Mapping[str, Any], path: Descent) -> list[int]:
     return orders
 
 
-def _rows(full: Mapping[str, Any], path: Descent, solver: str, options: CallOptions) -> list[Row]:
+def _rows(
+    full: Mapping[str, Any],
+    path: Descent,
+    solver: str,
+    options: CallOptions,
+    orders: Sequence[int] | None = None,
+) -> list[Row]:
     kind = PredictionType(full["prediction_type"])
-    orders = [1] * len(path.times) if solver == "euler" else _dpm_orders(full, path)
+    if orders is None:
+        orders = [1] * len(path.times) if solver == "euler" else _dpm_orders(full, path)
     rows = []
     for i, (t, s) in enumerate(zip(path.times, [*path.times[1:], -1.0], strict=True)):
         alpha, sigma = path.points[i]
@@ -249,6 +279,28 @@ def _dpm_times(full: Mapping[str, Any], num_steps: int, top: int, T: int) -> np.
         return np.arange(top, 0, -T / num_steps)[:num_steps].round() - 1
     msg = f"`timestep_spacing` must be leading, trailing or linspace, got {spacing!r}."
     raise ConfigError(msg)
+
+
+def _swift_levels(full: Mapping[str, Any], num_steps: int) -> Levels:
+    """Return the whole timestep and the level of each row; the package looks a row up by its timestep."""
+    schedule, levels = _known_levels(full)
+    last, spacing = schedule.num_train_timesteps - 1, full["timestep_spacing"]
+    check_num_steps(num_steps, last - 1)
+    if spacing == "karras":
+        chosen = karras_levels(levels[-1], levels[0], num_steps)
+        times = _times(chosen, levels).round()
+    elif spacing == "leading":
+        times = 1 + np.arange(num_steps, 0, -1.0) * (last // (num_steps + 1))
+        chosen = levels[times.astype(np.int64)]
+    else:
+        # In float32, halves up, where diffusers' numpy counts in float64 and rounds halves to even.
+        grid = np.arange(num_steps, 0, -1, np.float32) * (np.float32(last) / np.float32(num_steps))
+        times = np.floor(grid.astype(np.float64) + 0.5)
+        chosen = levels[times.astype(np.int64)]
+    if np.any(np.diff(times) >= 0) or (spacing == "karras" and num_steps == 1):
+        msg = f"The Swift package cannot take {num_steps} steps of spacing {spacing}: it needs two or more with timesteps of their own; take another number."
+        raise ConfigError(msg)
+    return times.tolist(), chosen.tolist()
 
 
 def _known_levels(full: Mapping[str, Any]) -> tuple[Schedule, np.ndarray]:
