@@ -1,6 +1,7 @@
 """A tiny student with random weights, and its bundle, made once per session."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ assert not any(name.startswith("openvino_telemetry.") for name in sys.modules), 
 sys.exit(status)
 """
 CLASSES = 10
+KNOWN_KINDS = {"stable-diffusion-v1-5": "sd", "stable-diffusion-xl-base-1.0": "sdxl"}
 SHAPE = (1, 8, 8)
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -139,3 +141,24 @@ def sample_without_torch(tmp_path):
         return np.load(tmp_path / "x.npy")
 
     return sample
+
+
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of random weights, by the names of the known architectures, which they are tiny ones of; and by kind."""
+    sys.path.append(str(Path(__file__).parents[1] / "examples"))
+    import make_tiny_pipeline
+
+    from edgedistill.teacher import ARCHITECTURES
+
+    root = tmp_path_factory.mktemp("pipelines")
+    for kind in make_tiny_pipeline.KINDS:
+        make_tiny_pipeline.write(kind, root / kind)
+    for name, kind in KNOWN_KINDS.items():
+        shutil.copytree(root / kind, root / name)
+        scheduler = ARCHITECTURES / name / "scheduler"
+        shutil.copytree(scheduler, root / name / "scheduler", dirs_exist_ok=True)
+    for path in ARCHITECTURES.glob("edm-*"):
+        make_tiny_pipeline.tiny_unet(path.name).save_pretrained(root / path.name / "unet")
+        shutil.copytree(path / "scheduler", root / path.name / "scheduler")
+    return root

@@ -1,6 +1,5 @@
-"""What is opened end to end: a hand-written bundle for a runtime of a few lines, and tiny pipelines."""
+"""What is opened end to end: a hand-written bundle for a runtime of a few lines."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -13,10 +12,8 @@ from edgedistill import bundle as bundles
 from edgedistill import cli, plugins, probes
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import require
-from edgedistill.files import read_json, write_json
 from edgedistill.network import CheckedNetwork
 from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
-from edgedistill.teacher import ARCHITECTURES, PACKAGED
 
 SHAPE = (1, 8, 8)
 SIGNATURE = Signature(
@@ -156,98 +153,3 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
         return status, *capsys.readouterr()
 
     return call
-
-
-_TEXT = {
-    "bos_token_id": 2,
-    "eos_token_id": 28,
-    "pad_token_id": 0,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "max_position_embeddings": 12,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 29,
-}
-_UNET = {
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 8,
-}
-_DOWN, _UP = ["DownBlock2D", "CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D", "UpBlock2D"]
-TINY = {
-    "edm-cifar10/unet": {
-        **_UNET,
-        "attention_head_dim": 8,
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-    },
-    "edm-imagenet64/unet": {
-        **_UNET,
-        "attention_head_dim": 8,
-        "attn_norm_num_groups": 4,
-        "down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D"],
-        "num_class_embeds": 8,
-        "up_block_types": ["AttnUpBlock2D", "ResnetUpsampleBlock2D"],
-    },
-    "stable-diffusion-v1-5/unet": {
-        **_UNET,
-        "attention_head_dim": 2,
-        "cross_attention_dim": 16,
-        "down_block_types": _DOWN,
-        "up_block_types": _UP,
-    },
-    "stable-diffusion-xl-base-1.0/unet": {
-        **_UNET,
-        "addition_time_embed_dim": 4,
-        "attention_head_dim": [1, 2],
-        "cross_attention_dim": 32,
-        "down_block_types": _DOWN,
-        "projection_class_embeddings_input_dim": 6 * 4 + 12,
-        "transformer_layers_per_block": [1, 2],
-        "up_block_types": _UP,
-    },
-    "text_encoder": _TEXT,
-    "text_encoder_2": {**_TEXT, "projection_dim": 12},
-    "vae": {
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownEncoderBlock2D"] * 2,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "sample_size": 16,
-        "up_block_types": ["UpDecoderBlock2D"] * 2,
-    },
-}
-"""What makes the known architectures tiny, by folder: their classes and all other settings stay."""
-
-
-@pytest.fixture(scope="session")
-def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of random weights, by the names of the known architectures, which they are tiny ones of."""
-    import torch
-
-    from edgedistill.models import store
-
-    root = tmp_path_factory.mktemp("pipelines")
-    torch.manual_seed(0)
-    for path in sorted(ARCHITECTURES.glob("*/*/config.json")):
-        folder = root / path.parent.relative_to(ARCHITECTURES)
-        part = folder.name if folder.name != "unet" else f"{folder.parent.name}/unet"
-        store.save(store.build({**read_json(path), **TINY[part]}), folder)
-        if folder.name.startswith("text_encoder"):
-            _write_words(folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
-    for path in ARCHITECTURES.glob("*/scheduler"):
-        shutil.copytree(path, root / path.relative_to(ARCHITECTURES))
-    return root
-
-
-def _write_words(folder: Path) -> None:
-    """Write the packaged tokenizer; the second one of a pipeline pads with another token."""
-    shutil.copytree(PACKAGED["captioned_digits"] / "tokenizer", folder)
-    if folder.name.endswith("_2"):
-        path, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        held = read_json(path)
-        padding = {**held["padding"], "pad_id": 1, "pad_token": "[UNK]"}
-        write_json(path, {**held, "padding": padding})
-        write_json(settings, {**read_json(settings), "pad_token": "[UNK]"})
