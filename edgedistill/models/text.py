@@ -73,7 +73,8 @@ class TextEncoder(nn.Module):
         parts, length = self.text_model, input_ids.shape[1]
         hidden = parts.embeddings(input_ids=input_ids)
         mask = torch.full((length, length), _MASKED, dtype=hidden.dtype, device=hidden.device)
-        causal = mask.triu(1)[None, None].expand(len(input_ids), 1, length, length)
+        # A trace keeps `shape` free, where it makes `len` a number.
+        causal = mask.triu(1)[None, None].expand(input_ids.shape[0], 1, length, length)
         made = parts.encoder(
             inputs_embeds=hidden, causal_attention_mask=causal, output_hidden_states=True
         )

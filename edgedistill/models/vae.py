@@ -72,9 +72,12 @@ class VaeEncoder(_Half):
 
     def forward(self, sample: Tensor) -> Tensor:
         """Encode images (batch, channels, height, width)."""
+        return self.encode(sample)[:, : self.config["latent_channels"]]
+
+    def encode(self, sample: Tensor) -> Tensor:
+        """Return the latents; of an `AutoencoderKL` their mean and, in further channels, log-variance."""
         hidden = self.encoder(sample)
-        hidden = hidden if self.quant_conv is None else self.quant_conv(hidden)
-        return hidden[:, : self.config["latent_channels"]]
+        return hidden if self.quant_conv is None else self.quant_conv(hidden)
 
 
 class VaeDecoder(_Half):
