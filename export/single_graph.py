@@ -1,0 +1,117 @@
+"""A whole sampler as one network: the rows unrolled, every network called where they say and held once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgedistill.conditions import Tokenize
+from edgedistill.contract import Signature
+from edgedistill.errors import ConfigError
+from edgedistill.generator import generator_signature, noise_names
+from edgedistill.models import store
+from edgedistill.sampler import NULL, TOKENS, Network, encoded, run_table
+from edgedistill.table import SamplerTable
+
+MOST_EVALUATIONS = 8
+"""Of networks in one graph; each takes the time and memory of one more network when the graph is compiled."""
+
+
+class Generator(nn.Module):
+    """Runs a sampler table as one forward pass.
+
+    It calls `edgedistill.sampler.run_table`, so that what is traced is what every runtime does. The rows'
+    coefficients, the timesteps and the null text of guidance become constants.
+
+    Args:
+        table: The sampler, without a router.
+        networks: What it calls, by name; without a text encoder the graph takes embeddings.
+        signatures: Of each network.
+        tokenize: Turns the null text into tokens, where guidance has one.
+
+    Raises:
+        ConfigError: If the table chooses networks by the sample, or makes too many evaluations.
+    """
+
+    def __init__(
+        self,
+        table: SamplerTable,
+        networks: Mapping[str, nn.Module],
+        signatures: Mapping[str, Signature],
+        *,
+        text_inside: bool = True,
+        tokenize: Tokenize | None = None,
+    ) -> None:
+        super().__init__()
+        refuse(table)
+        self.table = table
+        self.signature = generator_signature(table, signatures, text_inside=text_inside)
+        called = [*dict.fromkeys(networks[name] for name in table.networks)]
+        self.networks = nn.ModuleList(called)
+        self.calls = {
+            name: _as_network(networks[name], signatures[name]) for name in table.networks
+        }
+        self.null = self._null_text(tokenize)
+
+    def forward(
+        self, added_cond_kwargs: Mapping[str, Tensor] | None = None, **inputs: Tensor
+    ) -> Tensor:
+        """Return the finished samples (batch, channels, height, width).
+
+        Args:
+            added_cond_kwargs: Some of the inputs, in the bag that diffusers' networks take them in.
+            **inputs: The noise bank and conditions, by the names of the signature.
+        """
+        given = {**inputs, **(added_cond_kwargs or {})}
+        noise = [given.pop(name) for name in noise_names(self.table)]
+        null = {
+            name: value.expand(noise[0].shape[0], *value.shape[1:])
+            for name, value in self.null.items()
+        }
+        return run_table(self.table, self.calls, noise, {**given, **null})
+
+    def _null_text(self, tokenize: Tokenize | None) -> dict[str, Tensor]:
+        """Return what the text encoder makes of the null text, one sample each."""
+        text = self.table.condition("text")
+        null = self.table.guidance.null.get(text.name) if text else None
+        if text is None or null is None:
+            return {}
+        if tokenize is None or text.encoder is None:
+            msg = f"The null text of `{text.name}` becomes a constant of the graph, but there is no tokenizer or no text encoder to make it with."
+            raise ConfigError(msg)
+        tokens = torch.from_numpy(tokenize([null], text.length or 0))
+        with torch.inference_mode():
+            made = encoded(self.table, self.calls, {NULL + TOKENS: tokens})
+        return {name: value for name, value in made.items() if name != NULL + TOKENS}
+
+
+def refuse(table: SamplerTable) -> None:
+    """Refuse a table that cannot become one graph.
+
+    Raises:
+        ConfigError: If it chooses networks by the sample, or makes more than `MOST_EVALUATIONS`.
+    """
+    if table.router is not None:
+        msg = f"A single graph calls the same networks for every sample, but this sampler's router chooses one of {table.router.students} students by `{table.router.on}`; export it without --single-graph."
+        raise ConfigError(msg)
+    if table.nfe > MOST_EVALUATIONS:
+        msg = f"A single graph is for samplers of up to {MOST_EVALUATIONS} network evaluations, this one makes {table.nfe}; export it without --single-graph, or choose a --sampler of fewer."
+        raise ConfigError(msg)
+
+
+def _as_network(module: nn.Module, signature: Signature) -> Network:
+    """Return a module as the interpreter calls it: by name, the numbers of a row as one constant per sample."""
+    names = [spec.name for spec in signature.outputs]
+
+    def call(given: Mapping[str, Any]) -> dict[str, Tensor]:
+        batch = next(value.shape[0] for value in given.values() if isinstance(value, Tensor))
+        inputs = {
+            spec.name: given[spec.name]
+            if isinstance(given[spec.name], Tensor)
+            else torch.full((batch,), given[spec.name], dtype=getattr(torch, spec.dtype))
+            for spec in signature.inputs
+        }
+        return dict(zip(names, store.call_outputs(module, inputs), strict=True))
+
+    return call
