@@ -52,6 +52,7 @@ class Artifact:
         precision: ``float32``, ``float16``, ``int8``, ``int8-weights``, ``palette6``; keys the thresholds.
         networks: One file per network that a table calls; what is the same is one file.
         made_with: Options and versions of the tools that wrote it.
+        sampler: Name of the table that it is as one graph, see `edgedistill.generator`; None: it runs any.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Artifact:
     precision: str
     networks: Mapping[str, NetworkFile]
     made_with: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, without the name."""
@@ -72,6 +74,7 @@ class Artifact:
                 for name, net in self.networks.items()
             },
             "made_with": dict(self.made_with),
+            **({"sampler": self.sampler} if self.sampler else {}),
         }
 
     @classmethod
@@ -82,7 +85,13 @@ class Artifact:
             for key, item in data["networks"].items()
         }
         return cls(
-            name, data["runtime"], data["format"], data["precision"], networks, data["made_with"]
+            name,
+            data["runtime"],
+            data["format"],
+            data["precision"],
+            networks,
+            data["made_with"],
+            data.get("sampler"),
         )
 
 
@@ -337,11 +346,20 @@ def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
         raise BundleError(msg)
 
 
+def weights_in(folder: Path) -> list[Path]:
+    """Return the files of a network's folder that are its own: configuration and weights, no graphs, no variants."""
+    weights = sorted(folder.glob("*.safetensors"))
+    plain = [path for path in weights if "." not in path.stem]
+    return [folder / "config.json", *plain, *sorted(folder.glob("*.safetensors.index.json"))]
+
+
 def _members(path: Path) -> list[Path]:
-    """Return a network's files: the one it is named by, and weights that lie beside it (``unet.bin``)."""
+    """Return a network's files: a package, what a folder holds of weights, or a graph and the weights beside it."""
     if path.is_dir():
-        return [path]
-    return [item for item in path.parent.iterdir() if item.stem == path.stem]
+        return [path] if path.suffix else weights_in(path)
+    beside = {".onnx": path.with_name(f"{path.name}_data"), ".xml": path.with_suffix(".bin")}
+    weights = beside.get(path.suffix)
+    return [path] if weights is None or not weights.is_file() else [path, weights]
 
 
 def _bytes(path: Path) -> int:

@@ -142,14 +142,21 @@ def _precisions(format_: str) -> tuple[str, ...]:
 
 
 def _source(bundle: Bundle, format_: str) -> Artifact | None:
-    held = {item.precision: item for item in bundle.artifacts.values() if item.format == format_}
+    held = {
+        item.precision: item
+        for item in bundle.artifacts.values()
+        if item.format == format_ and item.sampler is None
+    }
     return next((held[name] for name in _precisions(format_) if name in held), None)
 
 
 def _result(source: Artifact, precision: str) -> Artifact:
     folder = PurePosixPath(source.format, precision)
     networks = {
-        name: NetworkFile(str(folder / PurePosixPath(file.path).name), file.signature)
+        name: NetworkFile(
+            str(folder / (_first_of(source, file.path) + PurePosixPath(file.path).suffix)),
+            file.signature,
+        )
         for name, file in source.networks.items()
     }
     name = f"{source.format}-{precision}"

@@ -23,7 +23,7 @@ FILES = [
     "probes/golden.safetensors",
     "sampler.json",
     "torch/float32/unet/config.json",
-    "torch/float32/unet/weights",
+    "torch/float32/unet/diffusion_pytorch_model.safetensors",
 ]
 
 
@@ -245,3 +245,45 @@ def test_numbers_of_the_table_come_back_to_the_bit(tmp_path):
     table = SamplerTable((Stage((1, 2, 2), (row,)),), noise_count=1)
     base = Bundle(tmp_path, "small", "f", table, {}, {})
     assert write_bundle(tmp_path / "b", base, lambda _: None).table == table
+
+
+SIDE_BY_SIDE = {
+    "unet/config.json": 1,
+    "unet/diffusion_pytorch_model.safetensors": 2,
+    "unet/diffusion_pytorch_model.fp16.safetensors": 4,
+    "unet/model.onnx": 8,
+    "unet/model.onnx_data": 16,
+    "unet/openvino_model.xml": 32,
+    "unet/openvino_model.bin": 64,
+    "text_encoder/config.json": 128,
+    "text_encoder/model.safetensors": 256,
+    "text_encoder/model.onnx": 512,
+    "coreml/unet.mlpackage/Manifest.json": 1024,
+}
+PLACES = {
+    "torch": ("unet", "text_encoder"),
+    "onnx": ("unet/model.onnx", "text_encoder/model.onnx"),
+    "openvino": ("unet/openvino_model.xml",),
+    "coreml": ("coreml/unet.mlpackage",),
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "size"), [("torch", 387), ("onnx", 536), ("openvino", 96), ("coreml", 1024)]
+)
+def test_each_format_counts_and_keeps_its_own_where_they_lie_side_by_side(tmp_path, form, size):
+    def lay_out(draft):
+        for name, count in SIDE_BY_SIDE.items():
+            (draft.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.root / name).write_bytes(bytes(count))
+        for key, places in PLACES.items():
+            files = {place: NetworkFile(place, SIGNATURE) for place in places}
+            draft.add(dataclasses.replace(artifact(key, ""), networks=files))
+
+    table = SamplerTable((Stage((1, 2, 2), (Row(("unet",), x0=(0.0, 1.0)),)),), noise_count=1)
+    base = Bundle(tmp_path, "small", "f" * 64, table, {}, {})
+    made = write_bundle(tmp_path / "made", base, lay_out)
+    assert made.size(made.artifact(f"{form}-float32")) == size
+    alone = write_bundle(tmp_path / "alone", made, lambda _: None, [f"{form}-float32"])
+    kept = {name for name in snapshot(alone.root) if name in SIDE_BY_SIDE}
+    assert sum(SIDE_BY_SIDE[name] for name in kept) == size
