@@ -35,6 +35,7 @@ class TableFields(TypedDict, total=False):
     conditions: tuple[Condition, ...]
     clamp: tuple[float, float] | None
     space: Mapping[str, Any]
+    decoder: str | None
 
 
 @dataclass(frozen=True)

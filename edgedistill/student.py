@@ -29,11 +29,11 @@ EXAMPLES = "examples.safetensors"
 
 @dataclass(frozen=True)
 class Student:
-    """An opened student folder.
+    """An opened student folder, or a pipeline's that is treated as one and holds no manifest and no tables.
 
     Fields:
         root: The folder; each network lies in a subfolder, as diffusers writes it. Beside them may lie a
-            tokenizer, and ``examples.safetensors``: an image or mask per example under the name of the
+            tokenizer (a file, or a folder of one), and ``examples.safetensors``: an image or mask per example under the name of the
             condition, which the probes are made of.
         name: For people.
         table: The sampler it was trained for (``sampler.json``).
@@ -119,6 +119,8 @@ class Student:
         Raises:
             BundleError: If a byte of them changed since.
         """
+        if not (self.root / MANIFEST).is_file():
+            return
         if read_json(self.root / MANIFEST).get("fingerprint") != self.fingerprint:
             msg = f"{self.root}: damaged: its networks and table do not fit the fingerprint in {MANIFEST}; distil it anew."
             raise BundleError(msg)
@@ -127,15 +129,24 @@ class Student:
     def fingerprint(self) -> str:
         """SHA-256 over the hashes of every network file, of the tables, tokenizers and examples."""
         import hashlib
+        import json
 
         folders = sorted({self.folder(name) for name in self.signatures})
-        files = [path for folder in folders for path in sorted(folder.rglob("*"))]
-        names = [*map(table_file, self.samplers), *tokenizers_of(self.samplers)]
-        files += [self.root / name for name in names]
+        files = [path for folder in folders for path in network_files(folder)]
+        files += [self.root / table_file(name) for name in self.samplers]
+        for name in tokenizers_of(self.samplers):
+            files += [self.root / name, *sorted((self.root / name).glob("*"))]
         files += [self.root / EXAMPLES]
         parts = [
             f"{path.relative_to(self.root).as_posix()} {sha256(path)}"
             for path in files
             if path.is_file()
         ]
+        if not (self.root / TABLE).is_file():
+            parts += [json.dumps(table.to_json()) for table in self.samplers.values()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def network_files(folder: Path) -> list[Path]:
+    """Return the files of a network's folder: its configuration and its weights."""
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]

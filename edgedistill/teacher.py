@@ -28,13 +28,6 @@ if TYPE_CHECKING:
 _ASSETS = Path(str(resources.files("edgedistill"))) / "assets"
 PACKAGED = {name: _ASSETS / f"{name}_teacher" for name in ("digits", "captioned_digits")}
 ARCHITECTURES = _ASSETS / "architectures"
-SCHEDULER = "scheduler_config.json"
-PROMPTS = "prompts.txt"
-_EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
-_NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
-_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-# Parts of pipelines that their networks cannot be called without.
-_UNKNOWN_PARTS = ("transformer", "text_encoder_3", "prior", "movq", "vqvae", "image_encoder_2")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +85,9 @@ class Teacher:
     @property
     def space(self) -> Mapping[str, Any]:
         """What a state means: ``kind`` pixel or latent; then ``scale`` and ``shift`` of the latents."""
-        if self.vae is None:
-            return {"kind": "pixel", "value_range": [-1.0, 1.0]}
-        from edgedistill.models.vae import scale_and_shift
+        from edgedistill.models.parts import space_of
 
-        scale, shift = scale_and_shift(dict(self.vae.config))
-        return {"kind": "latent", "value_range": [-1.0, 1.0], "scale": scale, "shift": shift}
+        return space_of(None if self.vae is None else dict(self.vae.config))
 
     @property
     def clamp(self) -> tuple[float, float] | None:
@@ -107,24 +97,19 @@ class Teacher:
     @property
     def conditions(self) -> tuple[Condition, ...]:
         """What may be asked of the network, as tables say it."""
-        made = []
-        if (labels := self.signature.input("class")) is not None:
-            made.append(Condition(labels.name, "class", self.classes))
-        words = self.signature.input("text")
-        if words is not None and self.text_encoder is not None:
-            made.append(
-                Condition(
-                    words.name,
-                    "text",
-                    encoder="text_encoder",
-                    tokenizer=text.FILE,
-                    length=self.text_encoder.length,
-                    examples=self.examples,
-                )
-            )
-        if (size := self.signature.input("size")) is not None:
-            made.append(Condition(size.name, "size", shape=self.image_shape))
-        return tuple(made)
+        from edgedistill.models.parts import conditions_of
+
+        reads = None
+        if self.text_encoder is not None:
+            reads = {
+                "encoder": "text_encoder",
+                "tokenizer": text.FILE,
+                "length": self.text_encoder.length,
+                "examples": self.examples,
+            }
+        return conditions_of(
+            self.signature, classes=self.classes, image_shape=self.image_shape, text=reads
+        )
 
     @property
     def modules(self) -> "dict[str, nn.Module]":
@@ -280,90 +265,62 @@ class Teacher:
 
 def _open(name: str, root: Path, *, null_class: bool, bare: bool = False) -> Teacher:
     """Open a teacher, or its configurations alone where it is `bare`."""
-    from edgedistill.models import store
+    from edgedistill.models import parts, store
     from edgedistill.models.prompts import open_reader
 
-    folder = root / "unet" if (root / "unet").is_dir() else root
-    if not folder.is_dir():
+    if not root.is_dir():
         msg = f"{name}: no such teacher; give {', '.join(map(repr, PACKAGED))} or a diffusers folder with unet/ and scheduler/."
         raise BundleError(msg)
-    _refuse_unknown_parts(root)
-    scheduler = _scheduler_file(root)
-    Schedule.from_config(read_json(scheduler))
-    networks = {folder: store.open_one_of(folder, _NETWORKS, bare=bare)}
+    found = parts.find_parts(root)
+    scheduler = read_json(found.scheduler)
+    Schedule.from_config(scheduler)
+    network = store.open_one_of(found.folder, parts.DENOISERS["unet"], bare=bare)
+    networks = {found.folder: network}
     files: tuple[Path, ...] = ()
-    signature = store.signature(networks[folder])
-    embeddings = store.config_of(networks[folder]).get("num_class_embeds")
+    signature = store.signature(network)
+    if signature.input("w") is not None:
+        msg = f"{found.folder}: takes guidance as an input, so it is a distilled student; a teacher is what such are made of."
+        raise BundleError(msg)
+    embeddings = store.config_of(network).get("num_class_embeds")
     labels, words = signature.input("class"), signature.input("text")
     null: dict[str, Any] = {}
     if labels and embeddings and null_class:
         null[labels.name] = embeddings - 1
-    parts: dict[str, Any] = {}
+    held: dict[str, Any] = {}
     if words is not None:
         null[words.name] = ""
         reader = open_reader(root, bare=bare)
         networks, files = {**networks, **reader.parts}, (*files, *reader.files)
-        parts = {"text_encoder": reader.encoder, "tokenizer": reader.tokenizer}
-        parts["examples"] = _examples(root)
-    if (root / "vae").is_dir():
-        vae = store.open_one_of(root / "vae", _AUTOENCODERS, bare=bare)
-        parts["vae"] = networks[root / "vae"] = vae
+        held = {"text_encoder": reader.encoder, "tokenizer": reader.tokenizer}
+        held["examples"] = found.examples
+    if found.vae is not None:
+        vae = store.open_one_of(found.vae, parts.AUTOENCODERS, bare=bare)
+        held["vae"] = networks[found.vae] = vae
     made = Teacher(
         name=name,
-        network=networks[folder],
-        scheduler=read_json(scheduler),
+        network=network,
+        scheduler=scheduler,
         signature=signature,
         classes=embeddings - (labels.name in null) if labels and embeddings else None,
         null=null,
-        fingerprint="" if bare else _fingerprint(scheduler, networks, files),
-        **parts,
+        fingerprint="" if bare else _fingerprint(found.scheduler, networks, files),
+        **held,
     )
     _refuse_strangers(made)
     return made
 
 
-def _refuse_unknown_parts(root: Path) -> None:
-    for name in _UNKNOWN_PARTS:
-        if (root / name).is_dir():
-            msg = f"{root / name}: pipelines with this part are not known; a teacher has unet/, scheduler/, and perhaps text_encoder/, tokenizer/ and vae/."
-            raise BundleError(msg)
-
-
 def _refuse_strangers(teacher: Teacher) -> None:
-    """Refuse parts that cannot belong together.
+    from edgedistill.models.parts import refuse_strangers
 
-    Raises:
-        BundleError: Saying which.
-    """
-    problems = []
-    encoder = teacher.text_encoder
-    if encoder is not None:
-        made = {spec.name: spec.shape[-1] for spec in encoder.signature.outputs}
-        for spec in (teacher.signature.input(kind) for kind in ("text", "pooled")):
-            if spec is not None and made.get(spec.name) != spec.shape[-1]:
-                found = made.get(spec.name, "no")
-                problems.append(
-                    f"text_encoder/ makes {found} numbers of `{spec.name}`, unet/ takes {spec.shape[-1]}"
-                )
-        words = teacher.tokenizer.vocabulary_size if teacher.tokenizer is not None else 0
-        if words > encoder.vocabulary_size:
-            problems.append(
-                f"tokenizer/ knows more words than text_encoder/, {encoder.vocabulary_size}"
-            )
-    if teacher.vae is not None:
-        made, taken = dict(teacher.vae.config)["latent_channels"], teacher.shape[0]
-        if made != taken:
-            problems.append(f"vae/ makes latents of {made} channels, unet/ takes {taken}")
-    if problems:
-        msg = f"{teacher.name}: parts of different pipelines: {'; '.join(problems)}."
-        raise BundleError(msg)
-
-
-def _examples(root: Path) -> tuple[str, ...]:
-    if not (root / PROMPTS).is_file():
-        return _EXAMPLES
-    lines = (root / PROMPTS).read_text(encoding="utf-8").splitlines()
-    return tuple(line.strip() for line in lines if line.strip()) or _EXAMPLES
+    refuse_strangers(
+        teacher.name,
+        "unet",
+        teacher.signature,
+        [] if teacher.text_encoder is None else [teacher.text_encoder],
+        teacher.tokenizer,
+        None if teacher.vae is None else dict(teacher.vae.config),
+    )
 
 
 def _fingerprint(
@@ -375,13 +332,3 @@ def _fingerprint(
     for folder, network in networks.items():
         files += [folder / "config.json", folder / store.weights_file(network)]
     return hashlib.sha256("\n".join(map(sha256, [*files, *further])).encode()).hexdigest()
-
-
-def _scheduler_file(root: Path) -> Path:
-    places = [root / "scheduler" / SCHEDULER, root / SCHEDULER, root.parent / SCHEDULER]
-    places.append(root.parent / "scheduler" / SCHEDULER)
-    for path in places:
-        if path.is_file():
-            return path
-    msg = f"{root}: has no {SCHEDULER} in scheduler/ or beside the network; without it the schedule and the prediction type are unknown."
-    raise BundleError(msg)

@@ -32,8 +32,9 @@ from edgedistill.data.digits import load_digits
 from edgedistill.evaluation.report import Evaluator
 from edgedistill.files import sha256, write_bytes, write_json
 from edgedistill.models import store
+from edgedistill.models.parts import PROMPTS
 from edgedistill.models.text import TextEncoder
-from edgedistill.teacher import PACKAGED, PROMPTS, Teacher
+from edgedistill.teacher import PACKAGED, Teacher
 from edgedistill.text import Tokenizer
 
 SHIPPED = PACKAGED["captioned_digits"]

@@ -35,7 +35,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     device = _device(torch, str(chosen["device"]).lower())
     if chosen["threads"]:
         torch.set_num_threads(int(chosen["threads"]))
-    network = store.load(path).to(device)
+    network = store.load_as(path, signature).to(device)
     outputs = [spec.name for spec in signature.outputs]
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

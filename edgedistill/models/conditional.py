@@ -8,7 +8,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, picture, scalar_embedding
+from edgedistill.models.inputs import (
+    EMBEDDING_DIM,
+    SCALES,
+    Inputs,
+    inputs_of,
+    picture,
+    scalar_embedding,
+)
 from edgedistill.models.unet import zero_convs
 
 ADDED = ("text_embeds", "time_ids")
@@ -32,8 +39,11 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
     def __init__(self, config: Mapping[str, Any], inputs: Inputs) -> None:
         known = inspect.signature(UNet2DConditionModel.__init__).parameters
         stock = {name: value for name, value in config.items() if name in known}
+        width = EMBEDDING_DIM
         if inputs.scalars:
-            stock["time_cond_proj_dim"] = EMBEDDING_DIM * len(inputs.scalars)
+            # A latent-consistency model says how wide the embedding of its one scalar is.
+            width = (stock.get("time_cond_proj_dim") or 0) // len(inputs.scalars) or EMBEDDING_DIM
+            stock["time_cond_proj_dim"] = width * len(inputs.scalars)
         super().__init__(**stock)
         if inputs.image_channels:
             further = inputs.image_channels + inputs.mask
@@ -47,6 +57,7 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
             mask_input=inputs.mask,
         )
         self.inputs = inputs
+        self.scalar_width = width
 
     def forward(
         self,
@@ -91,7 +102,10 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
 
     def _told(self, sample: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Return the embeddings of the scalars, or None where there are none."""
-        made = [scalar_embedding(inputs[n], s) for n, s in self.inputs.scalars.items()]
+        made = [
+            scalar_embedding(inputs[n], s, self.scalar_width)
+            for n, s in self.inputs.scalars.items()
+        ]
         return torch.cat(made, dim=1).to(sample.dtype) if made else None
 
 
@@ -179,7 +193,7 @@ def _filled(extended: _Extended, network: UNet2DConditionModel) -> _Extended:
 
 
 def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Build an untrained stock network.
+    """Build an untrained stock network; one that takes ``timestep_cond`` takes w, which is embedded in it.
 
     Raises:
         ValueError: If the configuration asks for an input that is not known here.
@@ -192,6 +206,8 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     if unknown:
         msg = f"its inputs are not known here: {', '.join(unknown)}"
         raise ValueError(msg)
+    if config.get("time_cond_proj_dim"):
+        return ExtendedUNet2DConditionModel(config, Inputs({"w": SCALES["w"]}))
     return UNet2DConditionModel.from_config(
         {key: value for key, value in config.items() if not key.startswith("_")}
     )

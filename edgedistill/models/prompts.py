@@ -10,11 +10,10 @@ from torch import nn
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json
 from edgedistill.models import store
+from edgedistill.models.parts import ENCODERS, INDEX
 from edgedistill.models.text import TextEncoder
 from edgedistill.models.text_pair import TextEncoderPair
 from edgedistill.text import Tokenizer
-
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +45,13 @@ def open_reader(root: Path, *, bare: bool) -> Reader:
         BundleError: If a part is missing, damaged or of another class, or the tokenizers read prompts
             differently.
     """
-    first: Any = store.open_one_of(root / "text_encoder", ("CLIPTextModel",), bare=bare)
+    first: Any = store.open_one_of(root / "text_encoder", ENCODERS["text_encoder"], bare=bare)
     parts = {root / "text_encoder": first}
     tokenizer = None if bare else Tokenizer.open(root / "tokenizer")
     files = tuple(sorted(path for path in root.glob("tokenizer*/*") if path.is_file()))
     if not (root / "text_encoder_2").is_dir():
         return Reader(first, tokenizer, parts, files)
-    kinds = ("CLIPTextModelWithProjection",)
+    kinds = ENCODERS["text_encoder_2"]
     second: Any = store.open_one_of(root / "text_encoder_2", kinds, bare=bare)
     parts[root / "text_encoder_2"] = second
     index = root / INDEX

@@ -57,6 +57,18 @@ def _half_autoencoder(config: dict[str, Any]) -> nn.Module:
     return build_half(config)
 
 
+def _half_of(network: Any, signature: Signature) -> nn.Module:
+    from edgedistill.models.vae import half_of
+
+    return half_of(network, signature)
+
+
+def _asked(network: Any, signature: Signature) -> nn.Module:
+    from edgedistill.models.text import asked
+
+    return asked(network, signature)
+
+
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
     "UNet2DConditionModel": build_conditional,
@@ -73,6 +85,13 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "ResidualEncoder": build_residual_encoder,
     "ConditionalResidualEncoder": build_conditional_residual_encoder,
 }
+FACES: dict[str, Callable[[Any, Signature], nn.Module]] = {
+    "AutoencoderKL": _half_of,
+    "AutoencoderTiny": _half_of,
+    "CLIPTextModel": _asked,
+    "CLIPTextModelWithProjection": _asked,
+}
+"""Networks that answer in several ways."""
 
 
 def build(config: Mapping[str, Any], source: str = "config") -> nn.Module:
@@ -124,6 +143,23 @@ def load(folder: Path) -> nn.Module:
     return network.eval().requires_grad_(requires_grad=False)
 
 
+def load_as(folder: Path, signature: Signature) -> nn.Module:
+    """Load what a signature asks of the network in a folder: all of it, or one half of an autoencoder."""
+    return facing(load(folder), signature)
+
+
+def facing(network: nn.Module, signature: Signature) -> nn.Module:
+    """Return the part of a network that has a signature.
+
+    Args:
+        network: An autoencoder, of which a signature takes one half, at a size of latents; a text encoder,
+            which answers as one of a pair where no ``pooled`` is asked of it; any other is returned as it is.
+        signature: What is wanted of it.
+    """
+    turn = FACES.get(str(class_name(config_of(network))))
+    return network if turn is None else turn(network, signature)
+
+
 def open_one_of(folder: Path, kinds: Sequence[str], *, bare: bool = False) -> nn.Module:
     """Load a network that is of one of these classes, or build it without its weights where it is `bare`.
 
@@ -151,15 +187,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         BundleError: If the file is missing, damaged, a pickle, or holds NaN or infinity.
     """
-    if not path.is_file():
-        others = sorted(path.parent.glob("*.bin")) + sorted(path.parent.glob("*.pt*"))
-        hint = (
-            f" {others[0].name} is a pickle, which can run code when it is read: convert it to safetensors first."
-            if others
-            else ""
-        )
-        msg = f"{path}: no such file.{hint}"
-        raise BundleError(msg)
+    refuse_missing(path)
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -171,6 +199,25 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             msg = f"{path}: `{name}` holds NaN or infinity; the checkpoint is broken, take an earlier one."
             raise BundleError(msg)
     return state
+
+
+def refuse_missing(path: Path) -> None:
+    """Refuse a weights file that is not there, saying what lies there instead.
+
+    Raises:
+        BundleError: If it is missing.
+    """
+    if path.is_file():
+        return
+    pickles = sorted(path.parent.glob("*.bin")) + sorted(path.parent.glob("*.pt*"))
+    others = [item.name for item in sorted(path.parent.glob("*.safetensors*"))]
+    hint = ""
+    if others:
+        hint = f" {', '.join(others[:3])} is there: load the folder in diffusers and save it anew, whole and without a variant."
+    elif pickles:
+        hint = f" {pickles[0].name} is a pickle, which can run code when it is read: convert it to safetensors first."
+    msg = f"{path}: no such file.{hint}"
+    raise BundleError(msg)
 
 
 def save_weights(

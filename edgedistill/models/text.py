@@ -23,12 +23,17 @@ class TextEncoder(nn.Module):
     Args:
         stock: The stock model, or the one with a projection; its modules become this one's, under the same
             names.
+        in_pair: Whether it answers as one of the two encoders of Stable Diffusion XL: with what leaves the
+            last layer but one, and with ``text_embeds`` where it has a projection.
     """
 
     weights_file = "model.safetensors"
 
-    def __init__(self, stock: CLIPTextModel | CLIPTextModelWithProjection) -> None:
+    def __init__(
+        self, stock: CLIPTextModel | CLIPTextModelWithProjection, *, in_pair: bool = False
+    ) -> None:
         super().__init__()
+        self.in_pair = in_pair
         config = stock.config
         public = {k: v for k, v in config.to_diff_dict().items() if k not in _OF_THE_WRITER}
         name = type(stock).__name__
@@ -50,12 +55,16 @@ class TextEncoder(nn.Module):
 
     @property
     def signature(self) -> Signature:
-        """``input_ids`` in, ``encoder_hidden_states`` and ``pooled`` out."""
+        """``input_ids`` in, ``encoder_hidden_states`` and ``pooled`` out, or what one of a pair answers."""
         projected = self.text_projection is not None
         pooled = self.config["projection_dim" if projected else "hidden_size"]
-        return prompt_signature(self.length, self.config["hidden_size"], "pooled", pooled)
+        name = "text_embeds" if self.in_pair else "pooled"
+        whole = prompt_signature(self.length, self.config["hidden_size"], name, pooled)
+        if self.in_pair and not projected:
+            return Signature(whole.inputs, whole.outputs[:1])
+        return whole
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """Encode prompts.
 
         Args:
@@ -65,7 +74,11 @@ class TextEncoder(nn.Module):
             The embedding of each token, (batch, length, dim), and that of the end token, (batch, dim),
             through the projection where there is one.
         """
-        last = self.layers(input_ids)[-1]
+        *_, before, last = self.layers(input_ids)
+        if self.in_pair:
+            if self.text_projection is None:
+                return (before,)
+            return before, self.pooled(last, self.ends(input_ids))
         return self.text_model.final_layer_norm(last), self.pooled(last, self.ends(input_ids))
 
     def layers(self, input_ids: Tensor) -> Sequence[Tensor]:
@@ -93,6 +106,12 @@ class TextEncoder(nn.Module):
         places = ends[:, None, None].expand(-1, 1, hidden.shape[2])
         chosen = hidden.gather(1, places)[:, 0]
         return chosen if self.text_projection is None else self.text_projection(chosen)
+
+
+def asked(encoder: TextEncoder, signature: Signature) -> TextEncoder:
+    """Let an encoder answer as a signature asks it to: by itself, or as one of a pair."""
+    encoder.in_pair = all(spec.name != "pooled" for spec in signature.outputs)
+    return encoder
 
 
 def prompt_signature(length: int, dim: int, pooled: str, pooled_dim: int) -> Signature:

@@ -100,6 +100,14 @@ class VaeDecoder(_Half):
         return self.decoder(latent_sample)
 
 
+def half_of(stock: Autoencoder, signature: Signature) -> VaeEncoder | VaeDecoder:
+    """Return the half of an autoencoder that a signature asks for; what takes an image is the encoder."""
+    takes, gives = signature.inputs[0], signature.outputs[0]
+    half, latents = (VaeEncoder, gives) if takes.kind == "image" else (VaeDecoder, takes)
+    height, width = latents.shape[2:]
+    return half(stock, (int(height), int(width)))
+
+
 def build_half(config: Mapping[str, Any]) -> VaeEncoder | VaeDecoder:
     """Build an untrained `VaeEncoder` or `VaeDecoder` from its configuration."""
     half = VaeEncoder if config["_class_name"] == VaeEncoder.__name__ else VaeDecoder

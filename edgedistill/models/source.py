@@ -1,0 +1,227 @@
+"""What can be exported: a student's folder as it is, a pipeline or a network of diffusers' with a table compiled for it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgedistill import bundle
+from edgedistill.compiler import FAMILIES, compile_scheduler
+from edgedistill.contract import Signature
+from edgedistill.errors import BundleError, ConfigError
+from edgedistill.files import read_json
+from edgedistill.models import store
+from edgedistill.models.parts import (
+    AUTOENCODERS,
+    DENOISERS,
+    ENCODERS,
+    Parts,
+    conditions_of,
+    find_parts,
+    refuse_strangers,
+    space_of,
+)
+from edgedistill.models.text import TextEncoder
+from edgedistill.models.vae import VaeDecoder, VaeEncoder
+from edgedistill.student import MANIFEST, Student
+from edgedistill.table import Condition, Guidance, SamplerTable
+from edgedistill.text import Tokenizer
+
+NUM_STEPS = 4
+EMBEDDED_RANGE = (1.0, 15.0)
+"""Guidance scales that latent-consistency models are asked for; their folders do not say what they were trained for."""
+EMBEDDED_DEFAULT = 8.5
+_TOKENIZER = "tokenizer"
+_DECODER, _ENCODER = "vae_decoder", "vae_encoder"
+# What every loader of pipelines samples alike, if the number of steps divides that of the schedule.
+_PORTABLE = {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+}
+
+
+def open_source(
+    path: Path | str,
+    *,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Student:
+    """Open whatever can be exported; of a folder that is no student's, not a weight is read or copied.
+
+    Args:
+        path: A student's folder; or a pipeline's, with ``unet/`` or ``transformer/`` and ``scheduler/``; or
+            that of such a network alone, with ``scheduler_config.json`` in it or in its parent.
+        num_steps: Rows of the table; None: `NUM_STEPS`.
+        guidance_scale: g. Where the network takes it as an input it is the default there, else every row
+            calls the network with and without condition. None: `EMBEDDED_DEFAULT`, or no guidance.
+        scheduler: A scheduler's configuration; None: the folder's. One that cannot be compiled lends its
+            noise schedule to DDIM on trailing timesteps.
+
+    Raises:
+        BundleError: If a part is missing, is a pickle, is of a class that is not known, belongs to another
+            pipeline, or would need code that comes with the model.
+        ConfigError: If the scheduler's configuration cannot be used, guidance is asked of a network without
+            conditions, or anything is asked of a student, whose table was trained for it.
+    """
+    root = Path(path)
+    if (root / MANIFEST).is_file():
+        if (num_steps, guidance_scale, scheduler) != (None, None, None):
+            msg = f"{root}: a student has the steps, the guidance and the scheduler that it was trained for; leave them out."
+            raise ConfigError(msg)
+        return Student.open(root)
+    if not root.is_dir() or (root / bundle.MANIFEST).is_file():
+        found = "holds a bundle, which is exported already" if root.is_dir() else "no such folder"
+        msg = f"{root}: {found}; give a student's folder, or one that diffusers wrote."
+        raise BundleError(msg)
+    parts = find_parts(root)
+    sketch = _sketch(parts)
+    config = dict(scheduler or read_json(parts.scheduler))
+    table = _table(parts, sketch, config, num_steps or NUM_STEPS, guidance_scale)
+    networks = sketch.networks
+    return Student(
+        root,
+        root.resolve().name,
+        table,
+        {name: store.signature(network) for name, network in networks.items()},
+        {"source": str(parts.index.get("_class_name") or store.class_name(sketch.denoiser))},
+        folders=sketch.folders,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sketch:
+    """A pipeline's networks without their weights.
+
+    Fields:
+        denoiser: The network that draws.
+        networks: All of them by name.
+        folders: Subfolders of those that do not lie in one of their own name.
+        tokenizer: None where no prompts are read.
+        vae: Configuration of the autoencoder, or None.
+    """
+
+    denoiser: Mapping[str, Any]
+    networks: Mapping[str, nn.Module]
+    folders: Mapping[str, str]
+    tokenizer: Tokenizer | None
+    vae: Mapping[str, Any] | None
+
+
+def _sketch(parts: Parts) -> _Sketch:
+    """Build every network on no device, which says what it takes and that its configuration makes one."""
+    networks: dict[str, nn.Module] = {}
+    folders: dict[str, str] = {}
+    with torch.device("meta"):
+        denoiser = store.open_one_of(parts.folder, DENOISERS[parts.name], bare=True)
+        signature = store.signature(denoiser)
+        networks[parts.name] = denoiser
+        if parts.folder == parts.root:
+            folders[parts.name] = "."
+        encoders = _encoders(parts, signature)
+        vae = None
+        if parts.vae is not None:
+            stock: Any = store.open_one_of(parts.vae, AUTOENCODERS, bare=True)
+            vae = dict(stock.config)
+            _, _, height, width = signature.inputs[0].shape
+            size = int(height), int(width)
+            halves = {_DECODER: VaeDecoder(stock, size), _ENCODER: VaeEncoder(stock, size)}
+            networks |= halves
+            folders |= dict.fromkeys(halves, parts.vae.name)
+    tokenizer = Tokenizer.open(parts.root / _TOKENIZER) if encoders else None
+    networks |= encoders
+    refuse_strangers(
+        str(parts.root), parts.name, signature, list(encoders.values()), tokenizer, vae
+    )
+    for name, network in networks.items():
+        store.refuse_missing(parts.root / folders.get(name, name) / store.weights_file(network))
+    return _Sketch(store.config_of(denoiser), networks, folders, tokenizer, vae)
+
+
+def _encoders(parts: Parts, denoiser: Signature) -> dict[str, TextEncoder]:
+    """Return the text encoders that a network needs; two of them answer as a pair."""
+    if denoiser.input("text") is None:
+        return {}
+    if not parts.encoders:
+        msg = f"{parts.root}: its {parts.name} reads prompts, and there is no text_encoder/ beside it; give the folder of the whole pipeline."
+        raise BundleError(msg)
+    made = {}
+    for name in parts.encoders:
+        encoder: Any = store.open_one_of(parts.root / name, ENCODERS[name], bare=True)
+        encoder.in_pair = len(parts.encoders) > 1
+        made[name] = encoder
+    return made
+
+
+def _table(
+    parts: Parts, sketch: _Sketch, config: dict[str, Any], num_steps: int, scale: float | None
+) -> SamplerTable:
+    if config.get("_class_name") not in FAMILIES:
+        config = {**config, **_PORTABLE}
+    signature = store.signature(sketch.networks[parts.name])
+    guidance, classes = _guidance(parts, signature, sketch.denoiser, scale)
+    _, *shape = signature.inputs[0].shape
+    state = int(shape[0]), int(shape[1]), int(shape[2])
+    decoder = _DECODER if sketch.vae is not None else None
+    return compile_scheduler(
+        config,
+        num_steps,
+        shape=state,
+        network=parts.name,
+        guidance=guidance,
+        conditions=_conditions(parts, sketch, signature, classes, state),
+        clamp=(-1.0, 1.0),
+        space=space_of(sketch.vae),
+        decoder=decoder,
+    )
+
+
+def _conditions(
+    parts: Parts,
+    sketch: _Sketch,
+    denoiser: Signature,
+    classes: int | None,
+    state: tuple[int, int, int],
+) -> tuple[Condition, ...]:
+    encoders = {k: v for k, v in sketch.networks.items() if isinstance(v, TextEncoder)}
+    reads = None
+    if encoders:
+        reads = {
+            "encoder": next(iter(encoders)),
+            "tokenizer": _TOKENIZER,
+            "length": min(encoder.length for encoder in encoders.values()),
+            "examples": parts.examples,
+        }
+    shape: Any = state
+    if sketch.vae is not None:
+        shape = store.signature(sketch.networks[_DECODER]).outputs[0].shape[1:]
+    return conditions_of(denoiser, classes=classes, image_shape=shape, text=reads)
+
+
+def _guidance(
+    parts: Parts, denoiser: Signature, config: Mapping[str, Any], scale: float | None
+) -> tuple[Guidance, int | None]:
+    """Return how guidance enters, and how many classes may be asked for."""
+    classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
+    if (w := denoiser.input("w")) is not None:
+        default = EMBEDDED_DEFAULT if scale is None else scale
+        return Guidance("embedded", w.name, default, EMBEDDED_RANGE), classes
+    if scale is None or scale <= 1:
+        return Guidance(), classes
+    null: dict[str, Any] = {}
+    if (words := denoiser.input("text")) is not None:
+        null[words.name] = ""
+    if (labels := denoiser.input("class")) is not None and classes:
+        # A transformer has an embedding for "no class" behind the others, of a UNet it is the last one.
+        classes -= parts.name == "unet"
+        null[labels.name] = classes
+    if not null:
+        msg = f"{parts.root}: guidance needs a network that takes a text or a class; leave the scale out."
+        raise ConfigError(msg)
+    return Guidance("cfg", default=scale, range=(scale, scale), null=null), classes
