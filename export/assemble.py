@@ -34,7 +34,7 @@ from edgedistill.probes import (
     save_probes,
     spread_conditions,
 )
-from edgedistill.student import EXAMPLES, Student
+from edgedistill.student import EXAMPLES, Student, network_files
 from edgedistill.tables import golden_file, networks_of, table_file
 from edgedistill.validate import check
 
@@ -118,7 +118,7 @@ def _fill(student: Student, missing: Sequence[Job], progress: Progress, draft: D
 
 
 def _open_networks(student: Student) -> Networks:
-    """Load every network that a table calls, each folder once, and hold it to the student's manifest.
+    """Load what a table calls, each folder once, and hold it to the student's manifest.
 
     Raises:
         ContractError: If a network is not in the manifest, or takes or gives something else.
@@ -132,7 +132,7 @@ def _open_networks(student: Student) -> Networks:
         folder = student.folder(name)
         if folder not in loaded:
             loaded[folder] = store.load(folder)
-        networks[name] = loaded[folder]
+        networks[name] = store.facing(loaded[folder], student.signatures[name])
         shared = name in student.folders
         if not _fits(student.signatures[name], store.signature(networks[name]), shared=shared):
             msg = f"{folder}: its inputs and outputs are not those of the student's manifest; distil it anew."
@@ -160,13 +160,8 @@ def _signatures(student: Student, batch: int | str) -> dict[str, Signature]:
     return {name: student.signatures[name].with_batch(batch).bind(**sizes) for name in names}
 
 
-def _parts(folder: Path) -> list[Path]:
-    """Return the files of a network's folder: its configuration and its weights."""
-    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-
-
 def _digest(folder: Path) -> str:
-    return " ".join(f"{path.name} {sha256(path)}" for path in _parts(folder))
+    return " ".join(f"{path.name} {sha256(path)}" for path in network_files(folder))
 
 
 def _add_reference(draft: Draft, student: Student) -> None:
@@ -178,7 +173,7 @@ def _add_reference(draft: Draft, student: Student) -> None:
         path = written.setdefault(_digest(folder), f"torch/float32/{name}")
         if not (draft.root / path).exists():
             (draft.root / path).mkdir(parents=True)
-            for part in _parts(folder):
+            for part in network_files(folder):
                 shutil.copy2(part, draft.root / path / part.name)
         session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})
         files[name] = NetworkFile(path, signature)
