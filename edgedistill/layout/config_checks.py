@@ -1,0 +1,146 @@
+"""Checks of the networks' configurations and of how they fit one another."""
+
+from collections.abc import Iterator, Mapping
+
+from .findings import Finding, check
+from .folder import INDEX, Folder
+from .index_checks import is_stable_diffusion, is_xl
+
+_WRITE = "write the key as diffusers' own configuration has it"
+_VAE = ("scaling_factor", "latent_channels", "in_channels", "out_channels", "block_out_channels")
+_TEXT = ("max_position_embeddings", "num_hidden_layers", "hidden_size", "vocab_size")
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "unet": ("in_channels", "sample_size", "cross_attention_dim"),
+    "text_encoder": _TEXT,
+    "text_encoder_2": (*_TEXT, "projection_dim"),
+    "vae_decoder": _VAE,
+    "vae_encoder": _VAE,
+}
+"""What loaders read of a configuration; each fills what is missing with a default of its own."""
+_KEYS_XL = ("addition_embed_type", "addition_time_embed_dim")
+
+
+@check("ort", "openvino", "genai", "swift")
+def keys(folder: Folder, _: str) -> Iterator[Finding]:
+    """Every key that a loader reads is there."""
+    for network in folder.networks:
+        config, path = folder.config(network), f"{network}/config.json"
+        more = _KEYS_XL if network == "unet" and is_xl(folder) else ()
+        for key in (*KEYS.get(network, ()), *more) if config else ():
+            if config.get(key) is None:
+                yield Finding(path, f"`{key}`", "no such key", _WRITE)
+
+
+@check("ort", "openvino")
+def time_cond_proj_dim(folder: Folder, _: str) -> Iterator[Finding]:
+    """The width of the guidance embedding is stated, if only as null."""
+    if folder.config("unet") and "time_cond_proj_dim" not in folder.config("unet"):
+        yield Finding(
+            "unet/config.json",
+            "`time_cond_proj_dim`: a width, or null",
+            "no such key",
+            "write null for a network without a guidance embedding",
+            "warning",
+        )
+
+
+@check("diffusers", "ort", "openvino", "genai")
+def guidance_embedding(folder: Folder, _: str) -> Iterator[Finding]:
+    """The guidance mode of the sampler, the pipeline's class and the network's width of w agree."""
+    config = folder.config("unet")
+    width = config.get("time_cond_proj_dim")
+    if not config:
+        return
+    if folder.guidance == "embedded" and width is None:
+        yield Finding(
+            "unet/config.json",
+            "`time_cond_proj_dim`, for the guidance mode of sampler.json is 'embedded'",
+            "null",
+            _WRITE,
+        )
+    if folder.guidance in ("none", "cfg", "baked") and width is not None:
+        yield Finding(
+            "unet/config.json",
+            f"`time_cond_proj_dim` null, for the guidance mode of sampler.json is {folder.guidance!r}",
+            str(width),
+            "bake w into the network and write null, or export with guidance embedded",
+        )
+    if folder.pipeline.startswith("LatentConsistency") and width is None:
+        yield Finding(
+            "unet/config.json",
+            f"`time_cond_proj_dim`, which a {folder.pipeline} embeds its guidance with",
+            "null",
+            f"name StableDiffusionPipeline in {INDEX} for a network without the embedding",
+        )
+
+
+@check("diffusers", "ort", "openvino", "genai", "swift")
+def sizes_agree(folder: Folder, _: str) -> Iterator[Finding]:
+    """Encoders give what the denoiser takes, and the denoiser what the decoder takes."""
+    if not is_stable_diffusion(folder):
+        return
+    unet, path = folder.config("unet"), "unet/config.json"
+    encoders = [
+        folder.config(name) for name in ("text_encoder", "text_encoder_2")[: 1 + is_xl(folder)]
+    ]
+    widths = [config.get("hidden_size") for config in encoders]
+    known = [width for width in widths if isinstance(width, int)]
+    text = unet.get("cross_attention_dim")
+    if len(known) == len(widths) and isinstance(text, int) and text != sum(known):
+        yield Finding(
+            path,
+            f"`cross_attention_dim` {sum(known)}, the text encoders' `hidden_size`",
+            str(text),
+            "take the encoders that the UNet was trained with",
+        )
+    latent = (folder.config("vae_decoder") or folder.config("vae")).get("latent_channels")
+    given = unet.get("out_channels", latent)
+    if isinstance(latent, int) and given != latent:
+        yield Finding(
+            path,
+            f"`out_channels` {latent}, the decoder's `latent_channels`",
+            str(given),
+            "take the decoder that the UNet was trained with",
+        )
+
+
+@check("diffusers", "genai", "ort", "openvino")
+def tiny_decoder(folder: Folder, loader: str) -> Iterator[Finding]:
+    """AutoencoderTiny is declared as each loader wants it, and its latents are not scaled."""
+    path = "vae/config.json" if loader == "diffusers" else "vae_decoder/config.json"
+    config = folder.json(path)
+    if config.get("_class_name") != "AutoencoderTiny":
+        return
+    declared = folder.entries.get("vae", (None, None))[1]
+    if loader == "diffusers" and declared != "AutoencoderTiny":
+        yield Finding(
+            INDEX,
+            "`vae` to be AutoencoderTiny, as vae/config.json says",
+            repr(declared),
+            "declare what the weights are; a folder for openvino.genai is one without vae/",
+        )
+    for key, value in (("scaling_factor", 1.0), ("latent_channels", 4)):
+        if config.get(key) != value:
+            yield Finding(
+                path,
+                f"`{key}` {value} of AutoencoderTiny",
+                str(config.get(key)),
+                "write it: loaders divide latents by the factor before they decode",
+            )
+
+
+@check("ort", "openvino", "genai", "swift")
+def decoders_agree(folder: Folder, _: str) -> Iterator[Finding]:
+    """Both halves of the autoencoder, and the whole, tell the same sizes."""
+    whole = folder.config("vae")
+    for half in ("vae_decoder", "vae_encoder"):
+        config = folder.config(half)
+        for key in _VAE:
+            told, wanted = config.get(key), whole.get(key)
+            if wanted is not None and told is not None and told != wanted:
+                yield Finding(
+                    f"{half}/config.json",
+                    f"`{key}` {wanted}, as vae/config.json says",
+                    str(told),
+                    "copy the configuration of the whole autoencoder",
+                )

@@ -1,0 +1,190 @@
+"""Checks of what Apple's Swift package alone demands: packages, batches, chunks, compression."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .findings import Finding, check
+from .folder import MANIFEST, PACKAGES, RESOURCES, Folder
+from .graphs import Graph, Shape
+from .index_checks import is_xl
+
+_TILE = 512
+"""Queries that SPLIT_EINSUM_V2 takes at once (`attention.py` of apple/ml-stable-diffusion)."""
+
+
+def _sample_shape(graph: Graph | None) -> Shape | None:
+    return {item.name: item.shape for item in graph.inputs}.get("sample") if graph else None
+
+
+@check("swift")
+def package_names(folder: Folder, _: str) -> Iterator[Finding]:
+    """Packages have the names by which Apple's tools find them."""
+    for path in sorted((folder.root / PACKAGES).glob("*.mlpackage")):
+        if not path.name.startswith(("Stable_Diffusion_version_", "ControlNet_")):
+            yield Finding(
+                f"{PACKAGES}/{path.name}",
+                "a name Stable_Diffusion_version_NAME_NETWORK.mlpackage",
+                path.name,
+                "rename it; Apple's tools find packages by name",
+                "warning",
+            )
+
+
+@check("swift")
+def swift_batch(folder: Folder, _: str) -> Iterator[Finding]:
+    """The UNet's batch is what Swift sends: two with guidance, one without, always two for XL."""
+    path = folder.package("unet")
+    shape, mode = _sample_shape(folder.graph(path)), folder.guidance
+    if not shape:
+        return
+    batch = shape[0]
+    if batch not in (1, 2):
+        yield Finding(
+            path, "batch 1 or 2", f"batch {batch}", "export with batch 2, or 1 with guidance baked"
+        )
+    elif is_xl(folder) and batch != 2:
+        yield Finding(
+            path,
+            "batch 2, for Swift's XL always sends two time steps",
+            "batch 1",
+            "export with batch 2",
+        )
+    elif mode == "cfg" and batch == 1:
+        yield Finding(
+            path,
+            "batch 2 for guidance 'cfg'",
+            "batch 1",
+            "export with batch 2, or accept two calls per step",
+            "warning",
+        )
+    elif mode in ("none", "baked", "embedded") and batch == 2 and not is_xl(folder):
+        yield Finding(
+            path,
+            f"batch 1 for guidance {mode!r}, where Swift sends one sample",
+            "batch 2",
+            "export with batch 1 and call with a guidance scale below 1",
+        )
+
+
+def _inputs(graph: Graph | None) -> list[str]:
+    return [item.name for item in graph.inputs] if graph else []
+
+
+@check("swift")
+def chunks(folder: Folder, _: str) -> Iterator[Finding]:
+    """The second chunk is fed the UNet's inputs and what the first gives; it alone gives the prediction."""
+    paths = [folder.package(f"unet_chunk{number}") for number in (1, 2)]
+    first, second = (folder.graph(path) for path in paths)
+    if first is None or second is None:
+        if first or second:
+            missing = paths[0] if first is None else paths[1]
+            yield Finding(missing, "both chunks of the UNet", "no such package", "export both")
+        return
+    known = {*_inputs(first), *_inputs(folder.graph(folder.package("unet")))}
+    known |= {"sample", "timestep", "encoder_hidden_states", *(item.name for item in first.outputs)}
+    for name in _inputs(second):
+        if name not in known:
+            yield Finding(
+                paths[1],
+                "inputs of the UNet or outputs of chunk 1",
+                f"input `{name}`",
+                "chunk the UNet anew",
+            )
+    given = [item.name for item in second.outputs]
+    if given != ["noise_pred"]:
+        yield Finding(
+            paths[1], "one output `noise_pred`", ", ".join(given) or "none", "chunk the UNet anew"
+        )
+
+
+@check("swift")
+def chunks_compressed(folder: Folder, _: str) -> Iterator[Finding]:
+    """Chunks win over the whole UNet, so weights packed in the one are packed in the others."""
+    whole = folder.graph(folder.package("unet"))
+    for number in (1, 2):
+        path = folder.package(f"unet_chunk{number}")
+        chunk = folder.graph(path)
+        if whole and chunk and whole.compression != chunk.compression:
+            yield Finding(
+                path,
+                f"weights packed as in the whole UNet: {_packing(whole)}",
+                _packing(chunk),
+                "compress first and chunk after",
+            )
+
+
+def _packing(graph: Graph) -> str:
+    return ", ".join(sorted(graph.compression)) or "not packed"
+
+
+@check("swift")
+def one_unet(folder: Folder, _: str) -> Iterator[Finding]:
+    """Where both are there, Swift takes the chunks and never the whole."""
+    places = ((RESOURCES, "Unet{}.mlmodelc", "Chunk"), (PACKAGES, "*_unet{}.mlpackage", "_chunk"))
+    for place, pattern, chunk in places:
+        whole = sorted((folder.root / place).glob(pattern.format("")))
+        parts = sorted((folder.root / place).glob(pattern.format(f"{chunk}[12]")))
+        if whole and len(parts) == 2:
+            yield Finding(
+                f"{place}/{whole[0].name}",
+                "either the whole UNet or its chunks",
+                f"both, {parts[0].name} too",
+                "remove the one that is not meant: Swift takes the chunks",
+                "warning" if place == PACKAGES else "error",
+            )
+
+
+@check("swift")
+def compiled_models(folder: Folder, _: str) -> Iterator[Finding]:
+    """A compiled model tells its inputs in `metadata.json`, which Apple's Python reads."""
+    for path in sorted((folder.root / RESOURCES).glob("*.mlmodelc")):
+        if not (path / "metadata.json").is_file():
+            yield Finding(
+                f"{RESOURCES}/{path.name}/metadata.json",
+                "the compiler's description",
+                "no such file",
+                "compile the package anew on a Mac",
+            )
+
+
+@check("swift")
+def split_einsum_tiles(folder: Folder, _: str) -> Iterator[Finding]:
+    """SPLIT_EINSUM_V2 cuts queries into tiles of 512 and drops the rest."""
+    for path, made in _made_with(folder):
+        attention = str(made.get("attention_implementation", "")).upper()
+        graph = folder.graph(path) if attention == "SPLIT_EINSUM_V2" else None
+        levels = _queries(folder, _sample_shape(graph))
+        if odd := [queries for queries in levels if queries > _TILE and queries % _TILE]:
+            yield Finding(
+                path,
+                f"numbers of queries that are multiples of {_TILE} for SPLIT_EINSUM_V2",
+                str(odd[0]),
+                "take SPLIT_EINSUM, or another size of picture",
+            )
+
+
+def _made_with(folder: Folder) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the path of every Core ML network in the manifest and how it was made."""
+    for artifact in _objects(folder.json(MANIFEST).get("artifacts")):
+        made = artifact.get("made_with")
+        if artifact.get("format") == "coreml" and isinstance(made, dict):
+            options = {**made, **(made.get("options") or {})}
+            for network in _objects(artifact.get("networks")):
+                yield str(network.get("path")), options
+
+
+def _objects(data: Any) -> list[Mapping[str, Any]]:
+    """Return the JSON objects among an object's values."""
+    return (
+        [item for item in data.values() if isinstance(item, dict)] if isinstance(data, dict) else []
+    )
+
+
+def _queries(folder: Folder, shape: Shape | None) -> list[int]:
+    """Return how many queries the UNet's levels have, from the finest on."""
+    blocks = folder.config("unet").get("block_out_channels")
+    sizes = [size for size in shape or () if isinstance(size, int)]
+    if len(sizes) != 4:
+        return []
+    levels = range(len(blocks) if isinstance(blocks, list) else 1)
+    return [(sizes[2] >> level) * (sizes[3] >> level) for level in levels]
