@@ -10,9 +10,10 @@ import numpy as np
 from edgedistill import plugins
 from edgedistill.bundle import Artifact, Bundle, NetworkFile
 from edgedistill.conditions import Tokenize, entries, network_conditions
-from edgedistill.contract import Signature
+from edgedistill.contract import Feeds, Signature
 from edgedistill.edits import edited
 from edgedistill.errors import ContractError, MissingDependencyError
+from edgedistill.generator import run_generator
 from edgedistill.network import CheckedNetwork, Session
 from edgedistill.noise import Bank, bank_shapes, noise_bank
 from edgedistill.sampler import Observer, run_table
@@ -170,7 +171,7 @@ class Pipeline:
             n: Number of samples; None: as many as the seeds, the noise or the conditions say, else 1.
             seed: Of the first sample; sample i uses ``seed + i``, whatever the batch. Or one per sample.
             guidance_scale: g, where 1 is no guidance; None: the table's default.
-            sampler: Name of one of `bundle.samplers`; None: the default.
+            sampler: Name of one of `bundle.samplers`; None: the artifact's own, else the default.
             noise: A noise bank to use instead of the seeds.
             observe: Called after every row with its `RowTrace`.
             strength: How far to go from ``image=...``: above 0 and up to 1, which is all the way.
@@ -184,7 +185,7 @@ class Pipeline:
             ContractError: If a condition is unknown or out of range, guidance is not this model's to
                 choose, or the noise does not fit.
         """
-        table = choose(self.bundle.samplers, sampler)
+        table = choose(self.bundle.samplers, sampler or self.artifact.sampler)
         given = _by_name(table, conditions)
         table = edited(table, given, strength)
         count = _count(table, n, seed, noise, given)
@@ -192,10 +193,21 @@ class Pipeline:
         _check_noise(table, bank, count)
         inputs = network_conditions(table, count, guidance_scale, given, self.tokenize)
         self.networks.begin()
-        array = run_table(table, self.networks, bank, inputs, observe)
+        array = self._run(table, bank, inputs, observe)
         self.networks.close_unused()
         low, high = table.space["value_range"]
         return Samples(np.asarray(array), (low, high))
+
+    def _run(
+        self, table: SamplerTable, bank: Bank, inputs: Feeds, observe: Observer | None
+    ) -> np.ndarray:
+        artifact = self.artifact
+        if artifact.sampler is None:
+            return run_table(table, self.networks, bank, inputs, observe)
+        if table is not self.bundle.samplers[artifact.sampler] or observe is not None:
+            msg = f"Artifact {artifact.name!r} is the sampler {artifact.sampler!r} as one graph: it runs no other, edits no image and shows no steps; choose another artifact."
+            raise ContractError(msg)
+        return run_generator(table, self.networks, bank, inputs)
 
     @property
     def tokenize(self) -> Tokenize | None:

@@ -35,10 +35,11 @@ from edgedistill.probes import (
     spread_conditions,
 )
 from edgedistill.student import EXAMPLES, Student, network_files
-from edgedistill.tables import golden_file, networks_of, table_file
+from edgedistill.tables import choose, golden_file, networks_of, table_file
 from edgedistill.validate import check
 
 from .formats import FORMATS, ExportOptions, Job, jobs
+from .single_graph import refuse, unrolled
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
@@ -75,6 +76,8 @@ def export_student(
         MissingDependencyError: If a package that a format needs is not installed.
     """
     options = options or ExportOptions()
+    if options.single_graph is not None:
+        refuse(choose(student.samplers, options.single_graph))
     wanted = {job.name: job for job in jobs(formats, options)}
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
@@ -202,18 +205,27 @@ def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedN
     save_probes(calibration, draft.root / CALIBRATION)
 
 
+def _graphs(
+    student: Student, networks: Networks, job: Job
+) -> Mapping[str, tuple[nn.Module, Signature]]:
+    """Return what becomes a graph each, by name."""
+    signatures = _signatures(student, job.settings["batch"] or BATCH)
+    if job.sampler is not None:
+        return unrolled(student, networks, signatures, job)
+    return {name: (networks[name], signature) for name, signature in signatures.items()}
+
+
 def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
     form = FORMATS[job.format]
     files, reports = {}, []
     written: dict[tuple[str, Signature], str] = {}
-    for name, signature in _signatures(student, job.settings["batch"] or BATCH).items():
-        own = f"{job.format}/{job.precision}/{name}{form.suffix}"
-        path = written.setdefault((_digest(student.folder(name)), signature), own)
+    for name, (network, signature) in _graphs(student, networks, job).items():
+        own = f"{job.folder}/{name}{form.suffix}"
+        weights = _digest(student.folder(name)) if name in student.signatures else name
+        path = written.setdefault((weights, signature), own)
         if path == own:
             reports.append(
-                form.write(
-                    networks[name], signature, draft.root / path, job.precision, job.settings
-                )
+                form.write(network, signature, draft.root / path, job.precision, job.settings)
             )
         files[name] = NetworkFile(path, signature)
     made_with = {
@@ -221,7 +233,9 @@ def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
         "snr_db": min(report["snr_db"] for report in reports),
         "options": dict(job.settings),
     }
-    draft.add(Artifact(job.name, form.runtime, job.format, job.precision, files, made_with))
+    draft.add(
+        Artifact(job.name, form.runtime, job.format, job.precision, files, made_with, job.sampler)
+    )
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

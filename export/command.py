@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.arguments import add_command, add_json, add_target, target_of
+from edgedistill.errors import ConfigError
+from edgedistill.tables import DEFAULT
 
 from .formats import ALL, FORMATS, ExportOptions, jobs
 
@@ -26,6 +28,7 @@ examples:
   edgedistill export openvino -m student bundle --dtype fp16
   edgedistill export coreml -m student bundle --min-deployment-target iOS18
   edgedistill export onnx -m student baked --guidance-scale 2
+  edgedistill export coreml -m student bundle --single-graph
   edgedistill export all -m student -o bundle
 
 Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
@@ -77,6 +80,18 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="bake guidance at this scale into the weights (default: an input stays an input)",
     )
+    graph = parser.add_argument_group("one graph")
+    graph.add_argument(
+        "--single-graph",
+        action="store_true",
+        help="unroll the sampler: noise and conditions in, image out, weights stored once",
+    )
+    graph.add_argument("--sampler", metavar="NAME", help="which one (default: the student's first)")
+    graph.add_argument(
+        "--text-embeddings",
+        action="store_true",
+        help="keep the text encoder outside: the graph takes embeddings, not tokens",
+    )
     add_target(parser, "BUNDLE")
     add_json(parser)
     parser.set_defaults(dtype=None, dynamic=False, opset=None, dynamo=False)
@@ -117,6 +132,8 @@ def _run(options: argparse.Namespace) -> int:
         dynamo=options.dynamo,
         deployment_target=options.min_deployment_target,
         overwrite=options.overwrite,
+        single_graph=_sampler_of(options),
+        text_inside=not options.text_embeddings,
     )
     jobs([options.format], settings)
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
@@ -143,6 +160,16 @@ def _run(options: argparse.Namespace) -> int:
         bundle = export_student(student, target, [options.format], settings, tell)
     _tell(bundle, as_json=options.json)
     return 0
+
+
+def _sampler_of(options: argparse.Namespace) -> str | None:
+    """Return the name of the sampler that becomes one graph, or None."""
+    if options.single_graph:
+        return options.sampler or DEFAULT
+    if options.sampler or options.text_embeddings:
+        msg = "--sampler and --text-embeddings are for --single-graph; without it every sampler is exported."
+        raise ConfigError(msg)
+    return None
 
 
 def _tell(bundle: "Bundle", *, as_json: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import ConfigError
+from edgedistill.tables import DEFAULT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16")
 OPSETS = range(13, 27)  # what both exporters write
 ALL = "all"
+_GRAPH = ("single_graph", "text_inside")
 Settings = Mapping[str, Any]
 Writer = Callable[["nn.Module", "Signature", Path, str, Settings], dict[str, Any]]
 
@@ -29,6 +31,8 @@ class ExportOptions:
         opset, dynamo: See `export.to_onnx.write_onnx`.
         deployment_target: See `export.to_coreml.write_coreml`.
         overwrite: Replace a bundle that is there, whatever it holds.
+        single_graph: Name of the sampler that becomes one graph; None: one graph per network.
+        text_inside: Whether the text encoder belongs to that graph.
     """
 
     dtype: str | None = None
@@ -37,6 +41,8 @@ class ExportOptions:
     dynamo: bool = False
     deployment_target: str = "iOS17"
     overwrite: bool = False
+    single_graph: str | None = None
+    text_inside: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -121,6 +127,16 @@ class Job:
     precision: str
     settings: Settings
 
+    @property
+    def folder(self) -> str:
+        """Where its files lie in a bundle."""
+        return f"{self.format}/{self.name.removeprefix(f'{self.format}-')}"
+
+    @property
+    def sampler(self) -> str | None:
+        """Name of the sampler that becomes one graph, or None."""
+        return self.settings.get("single_graph")
+
 
 def jobs(formats: Iterable[str], options: ExportOptions) -> list[Job]:
     """Return the artifacts that formats and options ask for, in order.
@@ -141,6 +157,13 @@ def _jobs(names: Iterable[str], options: ExportOptions) -> Iterator[Job]:
         if options.dtype not in (None, *held):
             msg = f"{name} is written in {' and '.join(held)} only, got {options.dtype!r}; leave the dtype out or choose another format."
             raise ConfigError(msg)
-        settings = {field: getattr(options, field) for field in FORMATS[name].settings}
+        fields = [*FORMATS[name].settings, *(_GRAPH if options.single_graph else ())]
+        settings = {field: getattr(options, field) for field in fields}
         for precision in held if options.dtype is None else (options.dtype,):
-            yield Job(f"{name}-{precision}", name, precision, settings)
+            yield Job(f"{name}-{precision}{_ending(options)}", name, precision, settings)
+
+
+def _ending(options: ExportOptions) -> str:
+    if options.single_graph is None:
+        return ""
+    return "-graph" if options.single_graph == DEFAULT else f"-graph-{options.single_graph}"

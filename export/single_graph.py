@@ -7,12 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from edgedistill.conditions import Tokenize
-from edgedistill.contract import Signature
+from edgedistill.contract import BATCH, Signature
 from edgedistill.errors import ConfigError
-from edgedistill.generator import generator_signature, noise_names
+from edgedistill.generator import GENERATOR, generator_signature, noise_names
 from edgedistill.models import store
 from edgedistill.sampler import NULL, TOKENS, Network, encoded, run_table
+from edgedistill.student import Student
 from edgedistill.table import SamplerTable
+from edgedistill.tables import choose
+
+from .formats import Job
 
 MOST_EVALUATIONS = 8
 """Of networks in one graph; each takes the time and memory of one more network when the graph is compiled."""
@@ -115,3 +119,32 @@ def _as_network(module: nn.Module, signature: Signature) -> Network:
         return dict(zip(names, store.call_outputs(module, inputs), strict=True))
 
     return call
+
+
+def unrolled(
+    student: Student,
+    networks: Mapping[str, nn.Module],
+    signatures: Mapping[str, Signature],
+    job: Job,
+) -> dict[str, tuple[nn.Module, Signature]]:
+    """Return the graphs of a sampler as one: the generator, and a text encoder that stays outside.
+
+    Args:
+        student: Whose sampler it is.
+        networks, signatures: Its networks by name; their batch is that of the graphs.
+        job: Names the sampler and says whether the text encoder is inside.
+
+    Raises:
+        ConfigError: If the student has no such sampler, or it cannot become one graph.
+    """
+    table = choose(student.samplers, job.sampler)
+    inside = job.settings["text_inside"]
+    generator = Generator(
+        table, networks, signatures, text_inside=inside, tokenize=student.tokenize
+    )
+    signature = generator.signature.with_batch(job.settings["batch"] or BATCH)
+    graphs: dict[str, tuple[nn.Module, Signature]] = {GENERATOR: (generator, signature)}
+    text = table.condition("text")
+    if not inside and text is not None and text.encoder is not None:
+        graphs[text.encoder] = (networks[text.encoder], signatures[text.encoder])
+    return graphs

@@ -135,6 +135,7 @@ def _sample(options: argparse.Namespace) -> int:
 def _tell_sample(
     options: argparse.Namespace, pipeline: "Pipeline", count: int, seconds: float
 ) -> None:
+    sampler = options.sampler or pipeline.artifact.sampler or DEFAULT
     made = {
         "output": str(options.output),
         "npy": None if options.npy is None else str(options.npy),
@@ -143,8 +144,8 @@ def _tell_sample(
         "artifact": pipeline.artifact.name,
         "runtime": pipeline.artifact.runtime,
         "described": pipeline.runtime.describe(),
-        "sampler": options.sampler or DEFAULT,
-        "nfe": pipeline.bundle.samplers[options.sampler or DEFAULT].nfe,
+        "sampler": sampler,
+        "nfe": pipeline.bundle.samplers[sampler].nfe,
         "seconds": round(seconds, 4),
     }
     if options.json:

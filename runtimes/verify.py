@@ -12,6 +12,7 @@ from edgedistill.agreement import Agreement, compare, response_gain
 from edgedistill.bundle import Artifact, Bundle
 from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
+from edgedistill.generator import GENERATOR, run_generator
 from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
 from edgedistill.pipeline import Pipeline
 from edgedistill.plugins import ALIASES, RUNTIMES, find
@@ -123,7 +124,8 @@ def _verify_or_skip(
         yield replace(entry, broken=str(error))
         return
     entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe())
-    for sampler, golden in goldens.items():
+    chosen = goldens if artifact.sampler is None else {artifact.sampler: goldens[artifact.sampler]}
+    for sampler, golden in chosen.items():
         named = replace(entry, sampler=sampler)
         try:
             yield _verify_sampler(named, pipeline, bundle.samplers[sampler], golden)
@@ -134,6 +136,8 @@ def _verify_or_skip(
 def _verify_sampler(
     entry: ArtifactParity, pipeline: Pipeline, table: SamplerTable, golden: Golden
 ) -> ArtifactParity:
+    if pipeline.artifact.sampler is not None:
+        return _verify_graph(entry, pipeline, table, golden)
     networks = {name: _Timed(pipeline.networks[name]) for name in table.networks}
     forced: list[RowTrace] = []
     run_table(table, networks, golden.noise, golden.conditions, forced.append, golden.rows)
@@ -141,13 +145,33 @@ def _verify_sampler(
     output = run_table(
         table, networks, golden.noise, golden.conditions, lambda trace: free.append(trace.next)
     )
+    return replace(
+        _finished(entry, table, golden, output),
+        rows=tuple(map(_row, forced, free, golden.rows)),
+        call_ms=_call_ms(table, networks),
+    )
+
+
+def _verify_graph(
+    entry: ArtifactParity, pipeline: Pipeline, table: SamplerTable, golden: Golden
+) -> ArtifactParity:
+    """Compare a sampler that is one graph: it has no rows to show."""
+    networks = {name: _Timed(network) for name, network in pipeline.networks.items()}
+    for _ in range(2):  # the first call warms up
+        output = run_generator(table, networks, golden.noise, golden.conditions)
+    call_ms = networks[GENERATOR].median_ms
+    return replace(_finished(entry, table, golden, output), call_ms=call_ms)
+
+
+def _finished(
+    entry: ArtifactParity, table: SamplerTable, golden: Golden, output: np.ndarray
+) -> ArtifactParity:
+    """Add what the finished samples tell."""
     low, high = table.space["value_range"]
     return replace(
         entry,
-        rows=tuple(map(_row, forced, free, golden.rows)),
         image=compare(golden.output, output, peak=high - low),
         sensitivity=_sensitivity(golden, output),
-        call_ms=_call_ms(table, networks),
         output=output,
     )
 
