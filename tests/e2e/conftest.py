@@ -1,19 +1,27 @@
-"""What is opened end to end: a hand-written bundle for a runtime of a few lines."""
+"""What is opened end to end: a hand-written bundle for a runtime of a few lines; recipes made short."""
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from edgedistill import bundle as bundles
 from edgedistill import cli, plugins, probes
+from edgedistill.config import read_yaml
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import require
+from edgedistill.files import read_json
 from edgedistill.network import CheckedNetwork
 from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
+from edgedistill.teacher import PACKAGED
+
+if TYPE_CHECKING:
+    from edgedistill.training.recipe import Recipe
 
 SHAPE = (1, 8, 8)
 SIGNATURE = Signature(
@@ -153,3 +161,57 @@ def run(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
         return status, *capsys.readouterr()
 
     return call
+
+
+ONE_LEVEL = {
+    "UNet2DModel": {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+    "UNet2DConditionModel": {
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    },
+}
+SHORT = {"batch_size": 4, "count": 16, "iterations": 4, "preview_every": 0, "warmup": 0}
+SHORTER = {
+    "guide": ("guide.start_steps=4", "guide.steps=[4,2]", "guide.widths=[8]"),
+    "guided": ("guided.start_steps=4",),
+    "lowdiff": ("lowdiff.steps=[[2,2],[1,1]]",),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packaged teachers with random networks of one level, folders by their names."""
+    import torch
+
+    from edgedistill.models import store
+
+    root = tmp_path_factory.mktemp("teachers")
+    torch.manual_seed(0)
+    for name, packaged in PACKAGED.items():
+        shutil.copytree(packaged, root / name)
+        config = read_json(packaged / "unet" / "config.json")
+        config |= {"block_out_channels": [16], **ONE_LEVEL[config["_class_name"]]}
+        store.save(store.build(config), root / name / "unet")
+    return root
+
+
+@pytest.fixture(scope="session")
+def short(tiny_teachers: Path) -> "Callable[..., Recipe]":
+    """Open a recipe of a packaged teacher with the tiny one in its place and 4 iterations per phase."""
+    from edgedistill.training.recipe import Recipe
+
+    def load(path: Path, *further: str) -> Recipe:
+        settings = read_yaml(path)
+        sets = [f"teacher={tiny_teachers / settings['teacher']}", "training.tensorboard=false"]
+        sets += [*_shortened(settings), *SHORTER.get(settings["method"], ())]
+        return Recipe.load(path, [*sets, *further])
+
+    return load
+
+
+def _shortened(settings: Mapping[str, Any], group: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _shortened(value, f"{group}{key}.")
+        elif key in SHORT:
+            yield f"{group}{key}={SHORT[key]}"
