@@ -14,6 +14,7 @@ CONDITION_FIELDS: Mapping[str, tuple[str, ...]] = {
     "mask": ("shape",),
     "size": ("shape",),
 }
+_MAY_HOLD = {"image": {"encoder"}}
 SIZES = 6
 """Numbers of a size: height and width before and after cropping, with the crop's top and left between them."""
 
@@ -48,7 +49,8 @@ class Condition:
         size: Of a class: number of classes the caller may choose from; None where that has no meaning.
         shape: Of an image or mask: (channels, height, width); of a size: that of the finished image.
         value_range: Of an image: values of black and white.
-        encoder: Of a text: the network that makes the input of tokens.
+        encoder: Of a text: the network that makes the input of tokens. Of an image: the one that makes a
+            latent of it, or None: it is used as it is.
         tokenizer: Of a text: name of the tokenizer's file in the bundle.
         length: Of a text: number of tokens it is padded or cut to.
         examples: Of a text: prompts that stand in where the caller gives none, and that probes are made of.
@@ -79,6 +81,7 @@ def condition_problems(condition: Condition) -> Iterator[str]:
         return
     held = {k for k, v in vars(condition).items() if v not in (None, ())} - {"name", "kind"}
     wanted = set(CONDITION_FIELDS[kind])
+    held -= _MAY_HOLD.get(kind, set())
     if held - wanted or (kind != "class" and held != wanted):
         told, got = ", ".join(sorted(wanted)), ", ".join(sorted(held))
         yield f"`{name}` of kind {kind} is told by {told}, got {got or 'nothing'}"

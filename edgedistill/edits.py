@@ -9,9 +9,12 @@ from edgedistill.schedule import Schedule
 from edgedistill.table import Blend, Condition, Row, SamplerTable, Stage
 
 IMAGE, MASK = "image", "mask"
+Shape = tuple[int, int, int]
 
 
-def image_to_image(table: SamplerTable, strength: float) -> SamplerTable:
+def image_to_image(
+    table: SamplerTable, strength: float, image_shape: Shape | None = None
+) -> SamplerTable:
     """Return the tail of a table, begun from the noised image (SDEdit, arXiv:2108.01073, section 3).
 
     The first state is ``alpha_t*image + sigma_t*noise`` at the row whose time is nearest to `strength` times
@@ -20,6 +23,7 @@ def image_to_image(table: SamplerTable, strength: float) -> SamplerTable:
     Args:
         table: One stage, several rows.
         strength: Above 0 and up to 1, which runs every row and keeps next to nothing of the image.
+        image_shape: (channels, height, width) of images; None: of the state.
 
     Raises:
         ConfigError: If the strength is out of range, or the table cannot be begun at a later row; which
@@ -40,14 +44,18 @@ def image_to_image(table: SamplerTable, strength: float) -> SamplerTable:
             raise ConfigError(msg)
     alpha, sigma = schedule.alpha_sigma(times[start])
     begun = dataclasses.replace(stage, rows=rows, init_noise=(sigma, 0), init_image=(alpha, IMAGE))
-    return _rebuilt(table, begun, {"image_to_image": strength}, [_image(table)])
+    return _rebuilt(table, begun, {"image_to_image": strength}, [_image(table, image_shape)])
 
 
-def inpaint(table: SamplerTable) -> SamplerTable:
+def inpaint(table: SamplerTable, image_shape: Shape | None = None) -> SamplerTable:
     """Return a table that keeps the image where the mask is 0: every row ends with a blend.
 
     The known part is ``alpha_s*image + sigma_s*noise`` at the time s of the next row, and the image itself
-    after the last one (arXiv:2201.09865, equation 8).
+    after the last one (arXiv:2201.09865, equation 8). Of latents, one is drawn anew where a pixel of it is.
+
+    Args:
+        table: One stage.
+        image_shape: (channels, height, width) of images; None: of the state.
 
     Raises:
         ConfigError: If the table's rows do not tell their times; which and why is said.
@@ -60,27 +68,33 @@ def inpaint(table: SamplerTable) -> SamplerTable:
         rows.append(
             dataclasses.replace(row, blend=Blend(known, noise, None if noise == 0 else index))
         )
-    mask = Condition(MASK, "mask", shape=(1, *stage.shape[1:]))
+    mask = Condition(MASK, "mask", shape=(1, *(image_shape or stage.shape)[1:]))
     blended = dataclasses.replace(stage, rows=tuple(rows))
-    return _rebuilt(table, blended, {"inpaint": True}, [_image(table), mask])
+    return _rebuilt(table, blended, {"inpaint": True}, [_image(table, image_shape), mask])
 
 
-def edited(table: SamplerTable, given: Iterable[str], strength: float | None) -> SamplerTable:
+def edited(
+    table: SamplerTable,
+    given: Iterable[str],
+    strength: float | None,
+    image_shape: Shape | None = None,
+) -> SamplerTable:
     """Return the table that a request needs.
 
     Args:
         table: The sampler.
         given: Names of the conditions that the caller gives.
         strength: For image-to-image; None: not asked for.
+        image_shape: (channels, height, width) of images; None: of the state.
 
     Raises:
         ConfigError: As `image_to_image` and `inpaint`; or if an image is given and nothing says what for.
     """
     extra = set(given) & {IMAGE, MASK} - {item.name for item in table.conditions}
     if strength is not None:
-        table = image_to_image(table, strength)
+        table = image_to_image(table, strength, image_shape)
     if MASK in extra:
-        table = inpaint(table)
+        table = inpaint(table, image_shape)
     elif IMAGE in extra and strength is None:
         msg = "An image is given: say with `strength` how far to go from it, or with `mask` what to draw anew."
         raise ConfigError(msg)
@@ -92,8 +106,8 @@ def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:
     if len(table.stages) != 1:
         msg = f"{what} is for samplers of one stage; this cascade has {len(table.stages)}."
         raise ConfigError(msg)
-    if table.space.get("kind") == "latent":
-        msg = f"{what} is for samplers of pixels; this one works on latents, and images are not encoded here."
+    if table.space.get("kind") == "latent" and table.encoder is None:
+        msg = f"{what} needs the latent of an image, and this model's autoencoder came without its encoder."
         raise ConfigError(msg)
     (stage,) = table.stages
     config = table.annotations.get("scheduler")
@@ -114,10 +128,11 @@ def _whole(value: Any) -> int | None:
     return int(value) if type(value) in (int, float) and float(value).is_integer() else None
 
 
-def _image(table: SamplerTable) -> Condition:
+def _image(table: SamplerTable, shape: Shape | None) -> Condition:
     low, high = table.space["value_range"]
     span = (float(low), float(high))
-    return Condition(IMAGE, "image", shape=table.stages[0].shape, value_range=span)
+    shape = shape or table.stages[0].shape
+    return Condition(IMAGE, "image", shape=shape, value_range=span, encoder=table.encoder)
 
 
 def _rebuilt(

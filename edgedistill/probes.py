@@ -15,7 +15,7 @@ from edgedistill.errors import BundleError
 from edgedistill.files import write_bytes
 from edgedistill.network import CheckedNetwork
 from edgedistill.noise import Bank, noise_bank
-from edgedistill.sampler import TOKENS, Network, RowTrace, run_table
+from edgedistill.sampler import IMAGE, TOKENS, Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 
 Probes = dict[str, np.ndarray]
@@ -248,7 +248,10 @@ def record_calls(
     noise: Bank,
     conditions: Feeds,
 ) -> dict[str, list[Call]]:
-    """Run a table and keep what each network that it calls is fed and answers, call after call."""
+    """Run a table and keep what each network that it calls is fed and answers, call after call.
+
+    What makes latents of images for edits is fed the samples.
+    """
     calls: dict[str, list[Call]] = {}
 
     def tapped(name: str, network: CheckedNetwork) -> Network:
@@ -260,7 +263,9 @@ def record_calls(
         return call
 
     taps = {name: tapped(name, network) for name, network in networks.items()}
-    run_table(table, taps, noise, conditions)
+    output = run_table(table, taps, noise, conditions)
+    if table.encoder is not None:
+        taps[table.encoder]({IMAGE: output})
     return calls
 
 

@@ -13,7 +13,8 @@ from edgedistill.table import Blend, Row, SamplerTable, Stage
 
 Array = Any  # numpy.ndarray or torch.Tensor: whatever has arithmetic, `clip` and `reshape`
 TOKENS = "input_ids"  # of a text encoder
-LATENT = "latent_sample"  # of a decoder
+LATENT = "latent_sample"  # of a decoder, and what an encoder of images answers
+IMAGE = "sample"  # of an encoder of images
 NULL = "null."  # before the name of what unguided calls are given instead
 Network = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -92,16 +93,42 @@ def run_table(
 def encoded(
     table: SamplerTable, networks: Mapping[str, Network], conditions: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Return the conditions, with what the text encoder makes of tokens and of the tokens of the null text."""
+    """Return the conditions as rows and networks take them.
+
+    That is, with what the text encoder makes of tokens and of the tokens of the null text, with latents in
+    place of images that have an encoder, and with masks of blends in the size of the state, where whatever
+    holds a pixel to draw is drawn.
+    """
     given = dict(conditions)
-    text = table.condition("text")
-    if text is None or text.encoder is None:
-        return given
+    masks = {row.blend.mask for row in table.rows if row.blend is not None}
+    for item in table.conditions:
+        if item.kind == "text" and item.encoder is not None:
+            given |= _embedded(networks, item.encoder, conditions)
+        elif item.kind == "image" and item.encoder is not None:
+            given[item.name] = latent_of(table, _find(networks, item.encoder), given[item.name])
+        elif item.name in masks:
+            mask, shape = given[item.name], table.stages[0].shape
+            if mask.shape[2:] != shape[1:]:
+                given[item.name] = _as(resize(mask, "area_down", (1, *shape[1:])) > 0, mask)
+    return given
+
+
+def _embedded(
+    networks: Mapping[str, Network], encoder: str, conditions: Mapping[str, Array]
+) -> dict[str, Array]:
+    embedded: dict[str, Array] = {}
     for prefix in ("", NULL):
         if prefix + TOKENS in conditions:
-            made = _find(networks, text.encoder)({TOKENS: conditions[prefix + TOKENS]})
-            given |= {prefix + name: value for name, value in made.items()}
-    return given
+            made = _find(networks, encoder)({TOKENS: conditions[prefix + TOKENS]})
+            embedded |= {prefix + name: value for name, value in made.items()}
+    return embedded
+
+
+def latent_of(table: SamplerTable, encoder: Network, images: Array) -> Array:
+    """Return the states of images (batch, channels, height, width): their latents, shifted and scaled."""
+    scale, shift = table.space.get("scale", 1.0), table.space.get("shift", 0.0)
+    made = encoder({IMAGE: images})[LATENT]
+    return _as((made - shift) * scale, images)
 
 
 def enter_stage(
@@ -259,7 +286,8 @@ def _as(raw: Array, z: Array) -> Array:
 
 def resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
     """Change height and width by a whole factor: nearest-neighbour up, or the mean of areas down."""
-    batch, channels, height, width = z.shape
+    batch, channels = z.shape[:2]
+    height, width = map(int, z.shape[2:])  # a tracer counts in tensors
     if how == "identity":
         return z
     if how == "up_nearest":

@@ -20,7 +20,7 @@ from edgedistill.router import CLASS_TABLE, Router
 
 __all__ = ["Blend", "Condition", "Guidance", "Next", "Router", "Row", "SamplerTable", "Stage"]
 
-SPEC_VERSION = "1.1"
+SPEC_VERSION = "1.2"
 CARRIES = ("identity", "up_nearest", "area_down")
 
 
@@ -139,6 +139,7 @@ class SamplerTable:
         space: Meaning of the state: ``kind`` (pixel or latent), ``value_range`` of the output, and of latents
             ``scale`` and ``shift``: the state is ``(latent - shift) * scale``.
         decoder: The network that makes the output of the latent, or None: the last state is the output.
+        encoder: The network that makes a latent of an image, for edits (see `edgedistill.edits`), or None.
         annotations: Commentary: method, scheduler configuration, prediction type, versions.
     """
 
@@ -154,6 +155,7 @@ class SamplerTable:
         default_factory=lambda: {"kind": "pixel", "value_range": [-1.0, 1.0]}
     )
     decoder: str | None = None
+    encoder: str | None = None
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -304,14 +306,20 @@ def _name_problems(table: SamplerTable) -> Iterator[str]:
 def _picture_problems(
     stage: Stage, conditions: Mapping[str, Condition], where: str
 ) -> Iterator[str]:
-    """Check the images and masks that a stage takes from the caller."""
+    """Check the images and masks that a stage takes from the caller: in its size, or to be encoded, a multiple of it."""
     single = (1, *stage.shape[1:])
     wanted = [] if stage.init_image is None else [(stage.init_image[1], "image", stage.shape)]
     for blend in (row.blend for row in stage.rows if row.blend is not None):
         wanted += [(blend.image, "image", stage.shape), (blend.mask, "mask", single)]
+    taken = [conditions.get(name) for name, *_ in wanted]
+    is_latent = any(item is not None and item.encoder is not None for item in taken)
     for name, kind, shape in dict.fromkeys(wanted):
         found = conditions.get(name)
-        if found is None or (found.kind, found.shape) != (kind, shape):
+        size = None if found is None or found.kind != kind else found.shape
+        covers = size is not None and not any(
+            big % small for big, small in zip(size[1:], shape[1:], strict=True)
+        )
+        if size != shape and not (is_latent and covers):
             yield f"{where}: needs a condition `{name}` of kind {kind} and shape {list(shape)}"
 
 

@@ -64,8 +64,15 @@ def choose(tables: Tables, name: str | None) -> SamplerTable:
 
 
 def networks_of(tables: Tables) -> tuple[str, ...]:
-    """Return the names of the networks that any table calls, in order of first use."""
-    return tuple(dict.fromkeys(name for table in tables.values() for name in table.networks))
+    """Return the names of the networks that any table calls, in order of first use, then those that edits call."""
+    called = [name for table in tables.values() for name in table.networks]
+    return tuple(dict.fromkeys([*called, *encoders_of(tables)]))
+
+
+def encoders_of(tables: Tables) -> tuple[str, ...]:
+    """Return the names of the networks that make latents of images."""
+    names = (table.encoder for table in tables.values())
+    return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
 def tokenizers_of(tables: Tables) -> tuple[str, ...]:

@@ -219,7 +219,7 @@ def test_a_writer_that_fails_leaves_the_old_bundle(small, tmp_path):
 
 def test_the_table_of_a_newer_version_is_refused(small):
     table = small.root / "sampler.json"
-    table.write_text(table.read_text().replace('"spec_version": "1.1"', '"spec_version": "3.1"'))
+    table.write_text(table.read_text().replace('"spec_version": "1.2"', '"spec_version": "3.1"'))
     entry = {"sha256": bundles.sha256(table), "bytes": table.stat().st_size}
     reseal(small.root, lambda data: data["files"].update({"sampler.json": entry}))
     with pytest.raises(BundleError, match=r"sampler\.json: version 3\.1 is newer"):
@@ -229,7 +229,7 @@ def test_the_table_of_a_newer_version_is_refused(small):
 def test_newer_and_unsafe_are_called_that_by_whoever_only_edits_the_file(small):
     manifest, table = small.root / MANIFEST, small.root / "sampler.json"
     whole = table.read_text()
-    table.write_text(whole.replace('"spec_version": "1.1"', '"spec_version": "3.1"'))
+    table.write_text(whole.replace('"spec_version": "1.2"', '"spec_version": "3.1"'))
     with pytest.raises(BundleError, match=r"sampler\.json: version 3\.1 is newer"):
         Bundle.open(small.root)
     table.write_text(whole)

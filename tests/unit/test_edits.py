@@ -190,3 +190,42 @@ def test_guided_tables_stay_guided() -> None:
     assert edit.guidance == guided.guidance
     assert edit.nfe == 2 * len(edit.rows)
     assert [item.name for item in edit.conditions] == ["class_labels", "image", "mask"]
+
+
+LATENT = {"kind": "latent", "value_range": [-1.0, 1.0], "scale": 0.5, "shift": 0.25}
+
+
+def halved(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """Make latents of images twice as large: the mean of every four pixels."""
+    images = feeds["sample"]
+    means = images.reshape(*images.shape[:2], 4, 2, 4, 2).mean((3, 5))
+    return {"latent_sample": means}
+
+
+def doubled(feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sample": feeds["latent_sample"].repeat(2, 2).repeat(2, 3)}
+
+
+def test_images_of_latents_are_encoded_and_masks_cover_every_pixel_to_draw() -> None:
+    latents = dataclasses.replace(
+        table(eta=0.5), space=LATENT, clamp=None, decoder="decoder", encoder="encoder"
+    )
+    edit = edited(latents, ["image", "mask"], None, (1, 8, 8))
+    assert edit.networks == ("unet", "encoder", "decoder")
+    networks = {"unet": net, "encoder": halved, "decoder": doubled}
+    image = np.tanh(np.random.default_rng(6).standard_normal((2, 1, 8, 8))).astype(np.float32)
+    mask = np.zeros((2, 1, 8, 8), np.float32)
+    mask[:, :, 3, 3] = 1
+    given = {"image": image, "mask": mask}
+    got = run_table(edit, networks, noise_bank(edit, [0, 1]), given)
+    drawn = np.zeros((8, 8), bool)
+    drawn[2:4, 2:4] = True  # the one latent that this pixel lies in
+    back = doubled({"latent_sample": halved({"sample": image})["latent_sample"]})["sample"]
+    assert np.abs(got - back)[..., ~drawn].max() < 1e-6
+    assert np.abs(got - back)[..., drawn].min() > 1e-3
+
+
+def test_latents_without_an_encoder_cannot_be_edited() -> None:
+    bare = dataclasses.replace(TABLE, space=LATENT, clamp=None, decoder="decoder")
+    with pytest.raises(ConfigError, match="came without its encoder"):
+        edited(bare, ["image"], 0.5, (1, 8, 8))
