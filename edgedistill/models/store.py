@@ -27,6 +27,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 _OLD_BUFFERS = ("text_model.embeddings.position_ids",)
 
 
+def _transformer(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.transformer import build_transformer
+
+    return build_transformer(config)
+
+
 def _text_encoder(config: dict[str, Any]) -> nn.Module:
     from edgedistill.models.text import build_text_encoder
 
@@ -72,6 +78,7 @@ def _asked(network: Any, signature: Signature) -> nn.Module:
 BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
     "UNet2DConditionModel": build_conditional,
+    "DiTTransformer2DModel": _transformer,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
     "TextEncoderPair": _text_pair,
@@ -300,7 +307,7 @@ def signature_of(config: Mapping[str, Any]) -> Signature:
         pooled = wide - SIZES * config["addition_time_embed_dim"]
         for name, size, kind in zip(ADDED, (pooled, SIZES), ("pooled", "size"), strict=True):
             inputs.append(TensorSpec(name, (BATCH, size), "float32", kind))
-    if config.get("num_class_embeds"):
+    if config.get("num_class_embeds") or config.get("num_embeds_ada_norm"):
         inputs.append(TensorSpec("class_labels", (BATCH,), "int32", "class"))
     inputs += [
         TensorSpec(name, (BATCH,), "float32", name) for name in config.get("scalar_inputs", ())
@@ -313,9 +320,10 @@ def signature_of(config: Mapping[str, Any]) -> Signature:
         inputs += _residuals(config)
     if widths := config.get("base_channels"):
         return Signature(tuple(inputs), _residuals({**config, "block_out_channels": widths}))
-    output = TensorSpec(
-        "out_sample", (BATCH, config["out_channels"], height, width), "float32", "raw"
-    )
+    # A transformer may predict a variance too, which is left out.
+    learned = "num_embeds_ada_norm" in config
+    channels = config["in_channels" if learned else "out_channels"]
+    output = TensorSpec("out_sample", (BATCH, channels, height, width), "float32", "raw")
     return Signature(tuple(inputs), (output,))
 
 

@@ -1,0 +1,242 @@
+"""Folders that diffusers wrote, opened as students: each samples what diffusers' own pipeline samples."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from edgedistill.errors import BundleError, ConfigError
+from edgedistill.models import store
+from edgedistill.models.run import sample_torch
+from edgedistill.models.source import open_source
+from edgedistill.student import Student
+
+# diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+PROMPTS = ["a photo of the cat", "a ship in the rain"]
+CLASSES = [3, 1]
+TEXT = {"output_type": "np", "height": 16, "width": 16}
+ASKED: dict[str, dict[str, Any]] = {
+    "sd": {"prompt": PROMPTS, **TEXT},
+    "lcm": {"prompt": PROMPTS, **TEXT},
+    "unconditional": {"batch_size": 2, "output_type": "np"},
+    "class": {"batch_size": 2, "class_labels": CLASSES, "output_type": "np"},
+    "dit": {"class_labels": CLASSES, "output_type": "np"},
+}
+CASES = [
+    ("sd", 1.0, 4),
+    ("sd", 5.0, 2),
+    ("lcm", 8.5, 4),
+    ("lcm", 3.0, 1),
+    ("unconditional", None, 5),
+    ("class", None, 4),
+    ("dit", 1.0, 4),
+    ("dit", 4.0, 2),
+]
+
+
+def samples(student: Student, noise: list[torch.Tensor]) -> np.ndarray:
+    """Run a student's table in PyTorch for the prompts or classes that are asked for here."""
+    modules = {
+        name: store.load_as(student.folder(name), student.signatures[name])
+        for name in student.table.networks
+    }
+    asked = {"text": PROMPTS, "class": CLASSES}
+    given = {item.name: asked[item.kind] for item in student.table.conditions if item.kind in asked}
+    return sample_torch(
+        modules,
+        student.table,
+        2,
+        noise=[array.numpy() for array in noise],
+        tokenize=student.tokenize,
+        **given,
+    )
+
+
+def drawn(student: Student) -> list[torch.Tensor]:
+    """Return the noises that diffusers draws for two samples from seed 0, in the order of their use."""
+    generator = torch.Generator().manual_seed(0)
+    table = student.table
+    return [
+        torch.randn((2, *table.stages[0].shape), generator=generator)
+        for _ in range(table.noise_count)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "scale", "steps"), CASES)
+def test_it_samples_what_the_pipeline_samples(
+    kind: str, scale: float | None, steps: int, tiny_pipelines: Path
+) -> None:
+    student = open_source(tiny_pipelines / kind, num_steps=steps, guidance_scale=scale)
+    made = samples(student, drawn(student))
+    pipeline = DiffusionPipeline.from_pretrained(tiny_pipelines / kind)
+    pipeline.set_progress_bar_config(disable=True)
+    guided = {} if scale is None else {"guidance_scale": scale}
+    images = pipeline(
+        **ASKED[kind],
+        **guided,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    np.testing.assert_allclose(made.transpose(0, 2, 3, 1) / 2 + 0.5, images, atol=1e-4)
+    assert np.abs(images[0] - images[1]).max() > 0.05
+
+
+def test_nothing_is_copied_and_the_fingerprint_is_of_weights_and_table(
+    tiny_pipelines: Path, tmp_path: Path
+) -> None:
+    student = open_source(tiny_pipelines / "sd")
+    assert student.root == tiny_pipelines / "sd"
+    assert student.folders == {"vae_decoder": "vae", "vae_encoder": "vae"}
+    assert set(student.signatures) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
+    student.verify()
+    copied = Path(shutil.copytree(student.root, tmp_path / "other"))
+    assert open_source(copied).fingerprint == student.fingerprint
+    assert open_source(copied, num_steps=2).fingerprint != student.fingerprint
+    (copied / "unet" / "model.onnx").write_bytes(b"beside the weights")
+    assert open_source(copied).fingerprint == student.fingerprint
+    shutil.copy2(copied / "tokenizer" / "vocab.json", copied / "tokenizer" / "further.json")
+    assert open_source(copied).fingerprint != student.fingerprint
+
+
+def test_a_network_by_itself_and_a_scheduler_that_is_not_compiled(
+    tiny_pipelines: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_pipelines / "class", tmp_path / "class")) / "unet"
+    student = open_source(folder)
+    assert student.folder("unet").samefile(folder)
+    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+    made = open_source(folder, num_steps=4, scheduler=config).table
+    assert [row.feeds["timestep"] for row in made.rows] == [999, 749, 499, 249]
+    assert made.annotations["scheduler"]["_class_name"] == "DDIMScheduler"
+
+
+def test_guidance_is_what_the_network_offers(tiny_pipelines: Path) -> None:
+    modes = {
+        (kind, scale): open_source(tiny_pipelines / kind, guidance_scale=scale).table.guidance
+        for kind in ("sd", "lcm", "class", "dit")
+        for scale in (None, 4.0)
+    }
+    assert {key: item.mode for key, item in modes.items()} == {
+        ("sd", None): "none",
+        ("sd", 4.0): "cfg",
+        ("lcm", None): "embedded",
+        ("lcm", 4.0): "embedded",
+        ("class", None): "none",
+        ("class", 4.0): "cfg",
+        ("dit", None): "none",
+        ("dit", 4.0): "cfg",
+    }
+    assert (modes["lcm", None].default, modes["lcm", 4.0].default) == (8.5, 4.0)
+    assert (modes["class", 4.0].null, modes["dit", 4.0].null) == (
+        {"class_labels": 7},
+        {"class_labels": 1000},
+    )
+    with pytest.raises(ConfigError, match="guidance needs a network that takes a text or a class"):
+        open_source(tiny_pipelines / "unconditional", guidance_scale=2.0)
+
+
+def _index(**entries: object) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / "model_index.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+    return change
+
+
+def _config(part: str, **values: object) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        path = root / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def _renamed(old: str, new: str) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        (root / old).rename(root / new)
+
+    return change
+
+
+UNET = "unet/diffusion_pytorch_model"
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "remote code": (
+        _index(unet=["my_unet", "MyUNet"]),
+        r"model_index.json: asks for `unet` from my_unet.MyUNet; .* no code is run",
+    ),
+    "remote pipeline": (
+        _index(_class_name=["pipeline", "MyPipeline"]),
+        r"asks for the pipeline \['pipeline', 'MyPipeline'\]",
+    ),
+    "another class": (
+        _config("unet", _class_name="UNet3DConditionModel"),
+        "unet: is a UNet3DConditionModel; the network that draws is one of UNet2DModel",
+    ),
+    "another transformer": (
+        _config("unet", _class_name="SD3Transformer2DModel"),
+        "unet: is a SD3Transformer2DModel; the network that draws is one of",
+    ),
+    "further inputs": (
+        _config("unet", encoder_hid_dim_type="text_proj"),
+        "inputs are not known here: encoder_hid_dim_type",
+    ),
+    "a controlnet": (
+        lambda root: (root / "controlnet").mkdir(),
+        "controlnet: pipelines with this part are not known",
+    ),
+    "pickles": (
+        _renamed(f"{UNET}.safetensors", f"{UNET}.bin"),
+        "unet/.*: no such file. diffusion_pytorch_model.bin is a pickle",
+    ),
+    "a variant": (
+        _renamed(f"{UNET}.safetensors", f"{UNET}.fp16.safetensors"),
+        "diffusion_pytorch_model.fp16.safetensors is there: .* save it anew",
+    ),
+    "no text encoder": (
+        lambda root: shutil.rmtree(root / "text_encoder"),
+        "its unet reads prompts, and there is no text_encoder/ beside it",
+    ),
+    "no tokenizer": (
+        lambda root: shutil.rmtree(root / "tokenizer"),
+        "tokenizer: holds neither tokenizer.json nor vocab.json with merges.txt",
+    ),
+    "no scheduler": (
+        lambda root: shutil.rmtree(root / "scheduler"),
+        "has no scheduler_config.json",
+    ),
+    "another autoencoder": (
+        _config("vae", _class_name="AutoencoderDC"),
+        "vae: is a AutoencoderDC; .* AutoencoderKL, AutoencoderTiny",
+    ),
+    "strangers": (
+        _config("vae", latent_channels=16),
+        "vae/ makes latents of 16 channels, unet/ takes 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_taken_is_named_before_weights_are_read(
+    case: str, tiny_pipelines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = REFUSED[case]
+    root = Path(shutil.copytree(tiny_pipelines / "sd", tmp_path / "sd"))
+    change(root)
+    monkeypatch.setattr(store, "load_weights", lambda _: pytest.fail("weights were read"))
+    with pytest.raises(BundleError, match=message):
+        open_source(root)
+
+
+def test_a_student_opens_as_what_it_was_trained_for(tmp_path: Path, student: Student) -> None:
+    assert open_source(student.root).fingerprint == student.fingerprint
+    with pytest.raises(ConfigError, match="a student has the steps, the guidance"):
+        open_source(student.root, num_steps=2)
+    with pytest.raises(BundleError, match="no such folder"):
+        open_source(tmp_path / "nothing")
