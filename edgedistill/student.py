@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedistill.bundle import weights_in
 from edgedistill.conditions import Tokenize
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
@@ -132,7 +133,7 @@ class Student:
         import json
 
         folders = sorted({self.folder(name) for name in self.signatures})
-        files = [path for folder in folders for path in network_files(folder)]
+        files = [path for folder in folders for path in weights_in(folder)]
         files += [self.root / table_file(name) for name in self.samplers]
         for name in tokenizers_of(self.samplers):
             files += [self.root / name, *sorted((self.root / name).glob("*"))]
@@ -145,8 +146,3 @@ class Student:
         if not (self.root / TABLE).is_file():
             parts += [json.dumps(table.to_json()) for table in self.samplers.values()]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def network_files(folder: Path) -> list[Path]:
-    """Return the files of a network's folder: its configuration and its weights."""
-    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]

@@ -18,6 +18,7 @@ from edgedistill.bundle import (
     Draft,
     NetworkFile,
     start_from,
+    weights_in,
     write_bundle,
 )
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
@@ -34,12 +35,16 @@ from edgedistill.probes import (
     save_probes,
     spread_conditions,
 )
-from edgedistill.student import EXAMPLES, Student, network_files
+from edgedistill.student import EXAMPLES, Student
 from edgedistill.tables import choose, golden_file, networks_of, table_file
 from edgedistill.validate import check
 
+from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
+from .layouts import SINGLE_ROOT, place
+from .loader_files import write_loader_files
 from .single_graph import refuse, unrolled
+from .single_root import check_target, in_dialects
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
@@ -82,11 +87,12 @@ def export_student(
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
     missing = [job for name, job in wanted.items() if name not in kept]
+    if options.layout == SINGLE_ROOT:
+        check_target(target, kept, missing, base)
     if base.artifacts and not missing:
         return base
-    return write_bundle(
-        target, base, functools.partial(_fill, student, missing, progress or _silent), kept
-    )
+    fill = functools.partial(_fill, student, options.layout, missing, progress or _silent)
+    return write_bundle(target, base, fill, kept)
 
 
 def _without_artifacts(student: Student) -> Bundle:
@@ -106,17 +112,22 @@ def _still_wanted(held: Artifact, job: Job | None) -> bool:
     return job is None or held.made_with.get("options") == job.settings
 
 
-def _fill(student: Student, missing: Sequence[Job], progress: Progress, draft: Draft) -> None:
+def _fill(
+    student: Student, layout: str, missing: Sequence[Job], progress: Progress, draft: Draft
+) -> None:
     for name, table in student.samplers.items():
         check(table, str(student.root / table_file(name)))
     networks = _open_networks(student)
     steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
-        steps.append((REFERENCE, functools.partial(_add_reference, draft, student)))
+        steps.append((REFERENCE, functools.partial(_add_reference, draft, student, layout)))
     steps += [(job.name, functools.partial(_add, draft, student, networks, job)) for job in missing]
     for done, (name, write) in enumerate(steps):
         progress(name, done, len(steps))
         write()
+    if layout == SINGLE_ROOT:
+        held = {artifact.format for artifact in draft.artifacts.values()}
+        write_loader_files(student, draft.root, held)
     progress("", len(steps), len(steps))
 
 
@@ -164,19 +175,19 @@ def _signatures(student: Student, batch: int | str) -> dict[str, Signature]:
 
 
 def _digest(folder: Path) -> str:
-    return " ".join(f"{path.name} {sha256(path)}" for path in network_files(folder))
+    return " ".join(f"{path.name} {sha256(path)}" for path in weights_in(folder))
 
 
-def _add_reference(draft: Draft, student: Student) -> None:
+def _add_reference(draft: Draft, student: Student, layout: str) -> None:
     """Copy the networks as they are, those of equal bytes once, and record the probes with them."""
     files, reference = {}, {}
     written: dict[str, str] = {}
     for name, signature in _signatures(student, BATCH).items():
         folder = student.folder(name)
-        path = written.setdefault(_digest(folder), f"torch/float32/{name}")
+        path = written.setdefault(_digest(folder), place(layout, "torch", "float32", name))
         if not (draft.root / path).exists():
             (draft.root / path).mkdir(parents=True)
-            for part in network_files(folder):
+            for part in weights_in(folder):
                 shutil.copy2(part, draft.root / path / part.name)
         session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})
         files[name] = NetworkFile(path, signature)
@@ -209,9 +220,11 @@ def _graphs(
     student: Student, networks: Networks, job: Job
 ) -> Mapping[str, tuple[nn.Module, Signature]]:
     """Return what becomes a graph each, by name."""
-    signatures = _signatures(student, job.settings["batch"] or BATCH)
+    signatures = _signatures(student, job.settings.get("batch") or BATCH)
     if job.sampler is not None:
         return unrolled(student, networks, signatures, job)
+    if job.layout == SINGLE_ROOT:
+        return in_dialects(student, networks, signatures, job)
     return {name: (networks[name], signature) for name, signature in signatures.items()}
 
 
@@ -220,12 +233,14 @@ def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
     files, reports = {}, []
     written: dict[tuple[str, Signature], str] = {}
     for name, (network, signature) in _graphs(student, networks, job).items():
-        own = f"{job.folder}/{name}{form.suffix}"
+        own = job.path(name)
         weights = _digest(student.folder(name)) if name in student.signatures else name
         path = written.setdefault((weights, signature), own)
         if path == own:
             reports.append(
-                form.write(network, signature, draft.root / path, job.precision, job.settings)
+                form.write(
+                    network, plain(signature), draft.root / path, job.precision, job.settings
+                )
             )
         files[name] = NetworkFile(path, signature)
     made_with = {

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.arguments import add_command, add_json, add_target, target_of
 from edgedistill.errors import ConfigError
-from edgedistill.tables import DEFAULT
 
 from .formats import ALL, FORMATS, ExportOptions, jobs
 
@@ -165,6 +164,8 @@ def _run(options: argparse.Namespace) -> int:
 def _sampler_of(options: argparse.Namespace) -> str | None:
     """Return the name of the sampler that becomes one graph, or None."""
     if options.single_graph:
+        from edgedistill.tables import DEFAULT
+
         return options.sampler or DEFAULT
     if options.sampler or options.text_embeddings:
         msg = "--sampler and --text-embeddings are for --single-graph; without it every sampler is exported."

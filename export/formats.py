@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.errors import ConfigError
-from edgedistill.tables import DEFAULT
+
+from .layouts import BUNDLE, LAYOUTS, SINGLE_ROOT, place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +18,7 @@ DTYPES = ("float32", "float16")
 OPSETS = range(13, 27)  # what both exporters write
 ALL = "all"
 _GRAPH = ("single_graph", "text_inside")
+_ROOT = ("layout", "free_sizes")
 Settings = Mapping[str, Any]
 Writer = Callable[["nn.Module", "Signature", Path, str, Settings], dict[str, Any]]
 
@@ -33,6 +35,8 @@ class ExportOptions:
         overwrite: Replace a bundle that is there, whatever it holds.
         single_graph: Name of the sampler that becomes one graph; None: one graph per network.
         text_inside: Whether the text encoder belongs to that graph.
+        layout: One of `export.layouts.LAYOUTS`; a single root holds one precision of each format.
+        free_sizes: Leave height and width free in a single root, Core ML apart.
     """
 
     dtype: str | None = None
@@ -43,6 +47,8 @@ class ExportOptions:
     overwrite: bool = False
     single_graph: str | None = None
     text_inside: bool = True
+    layout: str = BUNDLE
+    free_sizes: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -53,6 +59,9 @@ class ExportOptions:
             raise ConfigError(msg)
         if self.opset is not None and self.opset not in OPSETS:
             msg = f"`opset` must lie from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}."
+            raise ConfigError(msg)
+        if self.layout not in LAYOUTS:
+            msg = f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}."
             raise ConfigError(msg)
 
 
@@ -128,9 +137,14 @@ class Job:
     settings: Settings
 
     @property
-    def folder(self) -> str:
-        """Where its files lie in a bundle."""
-        return f"{self.format}/{self.name.removeprefix(f'{self.format}-')}"
+    def layout(self) -> str:
+        """One of `export.layouts.LAYOUTS`."""
+        return str(self.settings.get("layout", BUNDLE))
+
+    def path(self, network: str) -> str:
+        """Return where the file of a network lies."""
+        kind = self.name.removeprefix(f"{self.format}-")
+        return place(self.layout, self.format, kind, network, FORMATS[self.format].suffix)
 
     @property
     def sampler(self) -> str | None:
@@ -158,6 +172,10 @@ def _jobs(names: Iterable[str], options: ExportOptions) -> Iterator[Job]:
             msg = f"{name} is written in {' and '.join(held)} only, got {options.dtype!r}; leave the dtype out or choose another format."
             raise ConfigError(msg)
         fields = [*FORMATS[name].settings, *(_GRAPH if options.single_graph else ())]
+        if options.layout == SINGLE_ROOT and options.single_graph is None:
+            # Loaders call with as many samples as they like; Core ML's batch is the loader's.
+            fields = [*(field for field in fields if field != "batch"), *_ROOT]
+            held = held[:1]
         settings = {field: getattr(options, field) for field in fields}
         for precision in held if options.dtype is None else (options.dtype,):
             yield Job(f"{name}-{precision}{_ending(options)}", name, precision, settings)
@@ -166,4 +184,6 @@ def _jobs(names: Iterable[str], options: ExportOptions) -> Iterator[Job]:
 def _ending(options: ExportOptions) -> str:
     if options.single_graph is None:
         return ""
+    from edgedistill.tables import DEFAULT  # with numpy, which `--help` can do without
+
     return "-graph" if options.single_graph == DEFAULT else f"-graph-{options.single_graph}"

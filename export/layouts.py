@@ -1,10 +1,5 @@
 """Where the files of networks lie: by format in a bundle, by network where the loaders of pipelines look."""
 
-from collections.abc import Mapping
-from pathlib import PurePosixPath
-
-from edgedistill.errors import BundleError
-
 BUNDLE, SINGLE_ROOT = "bundle", "single-root"
 LAYOUTS = (BUNDLE, SINGLE_ROOT)
 INDEX = "model_index.json"
@@ -32,23 +27,3 @@ def place(layout: str, form: str, precision: str, network: str, suffix: str = ""
     if form == "coreml":
         return f"{PACKAGES}/Stable_Diffusion_version_model_{network}{suffix}"
     return f"{network}/{_GRAPHS[form]}"
-
-
-def check_target(path: PurePosixPath, held: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """Refuse a single root that no loader could open, or that would hold two precisions of a format.
-
-    Args:
-        path: Where it will lie.
-        held: The precision of each format that is there and stays.
-        wanted: The precision of each format to be written.
-
-    Raises:
-        BundleError: Saying which.
-    """
-    if "text_encoder" in str(path.parent) or "text_encoder" in path.name:
-        msg = f"{path}: OpenVINO GenAI finds no tokenizer where the path itself holds `text_encoder`; choose another name."
-        raise BundleError(msg)
-    for form, precision in wanted.items():
-        if held.get(form, precision) != precision:
-            msg = f"{path}: holds {form} in {held[form]}, and loaders look for one file per network; write {precision} to another folder, or give --overwrite."
-            raise BundleError(msg)

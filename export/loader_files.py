@@ -1,0 +1,187 @@
+"""The files around the graphs by which loaders open a pipeline: index, scheduler, tokenizers, configurations."""
+
+import importlib.util
+import shutil
+from collections.abc import Collection, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from edgedistill.errors import BundleError, ContractError, require
+from edgedistill.files import read_json, write_bytes, write_json
+from edgedistill.student import Student
+from edgedistill.tables import tokenizers_of
+from edgedistill.telemetry import require_silent
+
+from .layouts import INDEX, RESOURCES
+
+SCHEDULER = "scheduler/scheduler_config.json"
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+_TOKENIZER_FILES = (
+    _VOCABULARY,
+    _MERGES,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_HALVES = ("vae_decoder", "vae_encoder")
+_COMPILE = "compile_on_mac.sh"
+
+
+def write_loader_files(student: Student, root: Path, formats: Collection[str]) -> None:
+    """Write what loaders read beside the graphs and the weights.
+
+    Args:
+        student: A pipeline of Stable Diffusion's kind.
+        root: The folder; the networks' own folders with their ``config.json`` are there.
+        formats: Of the artifacts that it holds.
+
+    Raises:
+        BundleError: If the tokenizer is not CLIP's kind, or the table is none that a stock scheduler makes.
+    """
+    pairs = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
+    tokenizers = [name for name, encoder in pairs.items() if encoder in student.signatures]
+    for name in tokenizers:
+        _write_tokenizer(student, root / name)
+        if "openvino" in formats:
+            _write_openvino_tokenizer(root / name)
+    write_json(root / SCHEDULER, scheduler_of(student))
+    for name in _HALVES:
+        if name in student.signatures and {"onnx", "openvino"} & set(formats):
+            (root / name).mkdir(exist_ok=True)
+            shutil.copy2(student.folder(name) / "config.json", root / name / "config.json")
+    if "coreml" in formats:
+        _write_apples(root)
+    write_json(root / INDEX, _index(student, tokenizers))
+
+
+def scheduler_of(student: Student) -> dict[str, Any]:
+    """Return the configuration of the stock scheduler that makes the steps of a student's table.
+
+    Raises:
+        BundleError: If its table was made otherwise.
+    """
+    import diffusers
+
+    held: Mapping[str, Any] = student.table.annotations.get("scheduler") or {}
+    name = held.get("_class_name")
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        msg = f"{student.root}: its sampler is none that a scheduler of diffusers makes, and pipelines need one; export with --layout bundle."
+        raise BundleError(msg)
+    return {**held, "_diffusers_version": diffusers.__version__}
+
+
+def pipeline_class(student: Student) -> str:
+    """Return the class of diffusers' that loaders know a student as."""
+    config = read_json(student.folder("unet") / "config.json")
+    if config.get("addition_embed_type") == "text_time":
+        return "StableDiffusionXLPipeline"
+    if student.table.guidance.mode == "embedded":
+        return "LatentConsistencyModelPipeline"
+    return "StableDiffusionPipeline"
+
+
+def _index(student: Student, tokenizers: Collection[str]) -> dict[str, Any]:
+    import diffusers
+
+    kind = pipeline_class(student)
+    second = "text_encoder_2" in student.signatures
+    index: dict[str, Any] = {
+        "_class_name": kind,
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", scheduler_of(student)["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        **({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]} if second else {}),
+        **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        # OpenVINO GenAI opens no other class; it reads of the configuration what a small one has too.
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if second:
+        source = student.root / INDEX
+        held = read_json(source) if source.is_file() else {}
+        zeros = held.get("force_zeros_for_empty_prompt", True)
+        return {**index, "force_zeros_for_empty_prompt": zeros}
+    return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
+
+
+def _write_tokenizer(student: Student, folder: Path) -> None:
+    """Copy a tokenizer's files; ``vocab.json`` and ``merges.txt`` are made of ``tokenizer.json`` if they lack."""
+    source = student.root / folder.name
+    folder.mkdir(exist_ok=True)
+    if source.is_dir():
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copy2(source / name, folder / name)
+    else:
+        (single,) = tokenizers_of(student.samplers)
+        shutil.copy2(student.root / single, folder / "tokenizer.json")
+    if not all((folder / name).is_file() for name in (_VOCABULARY, _MERGES)):
+        _derive_words(folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        write_json(folder / "tokenizer_config.json", _settings(student, folder))
+
+
+def _derive_words(folder: Path) -> None:
+    whole = read_json(folder / "tokenizer.json")
+    model = whole["model"]
+    if model.get("type") != "BPE" or not {_START, _END} <= set(model["vocab"]):
+        msg = f"{folder}: loaders read CLIP's tokenizers, and this is another ({model.get('type')}); export with --layout bundle."
+        raise BundleError(msg)
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    write_json(folder / _VOCABULARY, model["vocab"])
+    write_bytes(folder / _MERGES, "\n".join(["#version: 0.2", *pairs, ""]).encode())
+
+
+def _settings(student: Student, folder: Path) -> dict[str, Any]:
+    text = student.table.condition("text")
+    padding = read_json(folder / "tokenizer.json").get("padding") or {}
+    return {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": text.length if text else None,
+        "bos_token": _START,
+        "eos_token": _END,
+        "unk_token": _END,
+        "pad_token": padding.get("pad_token", _END),
+    }
+
+
+def _write_openvino_tokenizer(folder: Path) -> None:
+    """Write the tokenizer as OpenVINO GenAI reads it, where its converter is installed."""
+    if importlib.util.find_spec("openvino_tokenizers") is None:
+        return
+    ov = require_silent("openvino", "openvino")
+    converter = require("openvino_tokenizers", "interop")
+    from transformers import CLIPTokenizerFast
+
+    fast = CLIPTokenizerFast.from_pretrained(folder)
+    model = converter.convert_tokenizer(fast, with_detokenizer=False)
+    ov.save_model(model, folder / "openvino_tokenizer.xml", compress_to_fp16=False)
+
+
+def _write_apples(root: Path) -> None:
+    """Write what Apple's package reads beside compiled models, and what compiles them where that can be done."""
+    (root / RESOURCES).mkdir(parents=True, exist_ok=True)
+    for name in (_VOCABULARY, _MERGES):
+        shutil.copy2(root / "tokenizer" / name, root / RESOURCES / name)
+    script = resources.files("export").joinpath("assets", _COMPILE).read_bytes()
+    write_bytes(root / "coreml" / _COMPILE, script)
+    (root / "coreml" / _COMPILE).chmod(0o755)
+
+
+def check_formats(student: Student, formats: Collection[str]) -> None:
+    """Refuse what a loader could not run.
+
+    Raises:
+        ContractError: If an encoder of images gives no distribution, which Apple's package draws from.
+    """
+    if "coreml" not in formats or "vae_encoder" not in student.signatures:
+        return
+    config = read_json(student.folder("vae_encoder") / "config.json")
+    if config.get("_class_name") != "AutoencoderKL":
+        msg = f"{student.root}: Apple's package draws latents from mean and variance, and a {config.get('_class_name')} gives neither; export with --layout bundle."
+        raise ContractError(msg)
