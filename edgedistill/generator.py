@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import ContractError
 from edgedistill.noise import bank_shapes
-from edgedistill.sampler import NULL, Array, Network, encoded
+from edgedistill.sampler import NULL, Array, Network, embedded
 from edgedistill.table import SamplerTable
 
 GENERATOR = "generator"
@@ -92,7 +92,8 @@ def run_generator(
         raise ContractError(msg)
     # The null text is a constant of the graph.
     given = {name: value for name, value in conditions.items() if not name.startswith(NULL)}
-    if len(networks) > 1:
-        given = encoded(table, networks, given)
+    text = table.condition("text")
+    if text is not None and text.encoder is not None and text.encoder in networks:
+        given |= embedded(networks, text.encoder, given)
     bank = dict(zip(noise_names(table), noise, strict=True))
     return networks[GENERATOR]({**given, **bank})[OUTPUT]

@@ -1,5 +1,6 @@
 """The one loop that runs a sampler table; it knows no method and works on any arrays."""
 
+import functools
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def encoded(
     masks = {row.blend.mask for row in table.rows if row.blend is not None}
     for item in table.conditions:
         if item.kind == "text" and item.encoder is not None:
-            given |= _embedded(networks, item.encoder, conditions)
+            given |= embedded(networks, item.encoder, conditions)
         elif item.kind == "image" and item.encoder is not None:
             given[item.name] = latent_of(table, _find(networks, item.encoder), given[item.name])
         elif item.name in masks:
@@ -113,15 +114,16 @@ def encoded(
     return given
 
 
-def _embedded(
+def embedded(
     networks: Mapping[str, Network], encoder: str, conditions: Mapping[str, Array]
 ) -> dict[str, Array]:
-    embedded: dict[str, Array] = {}
+    """Return what a text encoder makes of the tokens among the conditions, and of those of the null text."""
+    texts: dict[str, Array] = {}
     for prefix in ("", NULL):
         if prefix + TOKENS in conditions:
             made = _find(networks, encoder)({TOKENS: conditions[prefix + TOKENS]})
-            embedded |= {prefix + name: value for name, value in made.items()}
-    return embedded
+            texts |= {prefix + name: value for name, value in made.items()}
+    return texts
 
 
 def latent_of(table: SamplerTable, encoder: Network, images: Array) -> Array:
@@ -286,15 +288,17 @@ def _as(raw: Array, z: Array) -> Array:
 
 def resize(z: Array, how: str, shape: tuple[int, int, int]) -> Array:
     """Change height and width by a whole factor: nearest-neighbour up, or the mean of areas down."""
-    batch, channels = z.shape[:2]
-    height, width = map(int, z.shape[2:])  # a tracer counts in tensors
     if how == "identity":
         return z
+    channels, height, width = map(int, z.shape[1:])  # a tracer counts in tensors
+    whole = (-1, channels, *shape[1:])
+    # Of rank 5 at most, which is all that Core ML runs.
     if how == "up_nearest":
-        rows = [item // (shape[1] // height) for item in range(shape[1])]
-        columns = [item // (shape[2] // width) for item in range(shape[2])]
-        return z[:, :, rows][:, :, :, columns]
-    high, wide = height // shape[1], width // shape[2]
+        sizes = (height, shape[1] // height, width, shape[2] // width)
+        apart = z.reshape(-1, height, 1, width, 1)
+        expand = getattr(apart, "expand", functools.partial(np.broadcast_to, apart))
+        return expand((apart.shape[0], *sizes)).reshape(whole)
     # In float64 the mean of equal values is that value, in whatever order they are summed up.
     exact = z.double() if hasattr(z, "double") else z.astype(np.float64)
-    return _as(exact.reshape(batch, channels, shape[1], high, shape[2], wide).mean((3, 5)), z)
+    areas = exact.reshape(-1, shape[1], height // shape[1], shape[2], width // shape[2])
+    return _as(areas.mean((2, 4)).reshape(whole), z)

@@ -11,7 +11,7 @@ from edgedistill.contract import BATCH, Signature
 from edgedistill.errors import ConfigError
 from edgedistill.generator import GENERATOR, generator_signature, noise_names
 from edgedistill.models import store
-from edgedistill.sampler import NULL, TOKENS, Network, encoded, run_table
+from edgedistill.sampler import NULL, TOKENS, Network, embedded, run_table
 from edgedistill.student import Student
 from edgedistill.table import SamplerTable
 from edgedistill.tables import choose
@@ -30,8 +30,9 @@ class Generator(nn.Module):
 
     Args:
         table: The sampler, without a router.
-        networks: What it calls, by name; without a text encoder the graph takes embeddings.
+        networks: What it calls, by name.
         signatures: Of each network.
+        text_inside: Whether the text encoder is; else the graph takes embeddings.
         tokenize: Turns the null text into tokens, where guidance has one.
 
     Raises:
@@ -51,8 +52,10 @@ class Generator(nn.Module):
         refuse(table)
         self.table = table
         self.signature = generator_signature(table, signatures, text_inside=text_inside)
-        called = [*dict.fromkeys(networks[name] for name in table.networks)]
-        self.networks = nn.ModuleList(called)
+        text = table.condition("text")
+        outside = text.encoder if text and not text_inside else None
+        called = (networks[name] for name in table.networks if name != outside)
+        self.networks = nn.ModuleList(dict.fromkeys(called))
         self.calls = {
             name: _as_network(networks[name], signatures[name]) for name in table.networks
         }
@@ -85,9 +88,8 @@ class Generator(nn.Module):
             msg = f"The null text of `{text.name}` becomes a constant of the graph, but there is no tokenizer or no text encoder to make it with."
             raise ConfigError(msg)
         tokens = torch.from_numpy(tokenize([null], text.length or 0))
-        with torch.inference_mode():
-            made = encoded(self.table, self.calls, {NULL + TOKENS: tokens})
-        return {name: value for name, value in made.items() if name != NULL + TOKENS}
+        with torch.no_grad():
+            return embedded(self.calls, text.encoder, {NULL + TOKENS: tokens})
 
 
 def refuse(table: SamplerTable) -> None:
