@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
 
 from edgedistill import __version__
 from edgedistill.errors import ConfigError
@@ -102,6 +103,7 @@ def start(prepared: Prepared) -> Accelerator:
     updates = [update for phase in prepared.plan.phases for update in phase.updates]
     partly = any(update.zero_also for update in updates)
     parallel = DistributedDataParallelKwargs(find_unused_parameters=partly)
+    AcceleratorState._reset_state()  # it would hold every run to the precision of the first
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
     if accelerator.distributed_type in _CUTTING:
         msg = (

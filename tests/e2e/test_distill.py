@@ -148,6 +148,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
         ("training.batch_size=zero", "`training.batch_size` must be a whole number, got 'zero'"),
         ("student.width=0.3", "do not divide into 8 normalisation groups"),
         ("method=magic", "`method` must be one of "),
+        ("training.mixed_precision=fp16", "fp16 needs a GPU; use bf16 or no here"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(
@@ -221,26 +222,18 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
     assert weights(output) == weights(whole)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_trains_and_stays_near(whole: Path, tmp_path: Path, precision: str) -> None:
-    # accelerate fixes the precision once per process.
-    more = ["--set", f"training.mixed_precision={precision}", "--quiet", "--json"]
-    made = subprocess.run(
-        [sys.executable, "-m", "edgedistill", *arguments(tmp_path / "s", *more)],
-        capture_output=True,
-        check=False,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if precision == "fp16":
-        assert (made.returncode, made.stderr.count("\n")) == (2, 1)
-        assert "fp16 needs a GPU" in made.stderr
-        return
-    assert made.returncode == 0, made.stderr
-    mixed, full = (store.load_weights(p / "unet" / store.WEIGHTS) for p in (tmp_path / "s", whole))
+def test_mixed_precision_trains_beside_a_run_without_and_stays_near(
+    whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "s"
+    assert main(arguments(output, "--set", "training.mixed_precision=bf16", "--quiet")) == 0
+    mixed, full = (store.load_weights(p / "unet" / store.WEIGHTS) for p in (output, whole))
     moved = store.load(PACKAGED["digits"] / "unet").state_dict()["conv_in.weight"]
     apart = (mixed["conv_in.weight"] - full["conv_in.weight"]).norm()
     assert 0 < apart < 0.5 * (full["conv_in.weight"] - moved).norm()
+    again = tmp_path / "again"
+    assert main(arguments(again, "--quiet")) == 0
+    assert weights(again) == weights(whole)
 
 
 def test_a_moving_average_is_what_is_written(whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The recipes under examples/: all are valid, and those for a GPU run here on tiny pipelines of the same classes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 from edgedistill.config import read_yaml
 from edgedistill.files import read_json
@@ -45,14 +43,6 @@ PARAMETERS = {
     "stable-diffusion-xl-base-1.0/unet": 2_567_463_684,
     "stable-diffusion-xl-base-1.0/vae": 83_653_863,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    """Let every run choose its precision, as the first one of a process does."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
