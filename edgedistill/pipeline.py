@@ -204,8 +204,8 @@ class Pipeline:
         artifact = self.artifact
         if artifact.sampler is None:
             return run_table(table, self.networks, bank, inputs, observe)
-        if table is not self.bundle.samplers[artifact.sampler] or observe is not None:
-            msg = f"Artifact {artifact.name!r} is the sampler {artifact.sampler!r} as one graph: it runs no other, edits no image and shows no steps; choose another artifact."
+        if table != self.bundle.samplers[artifact.sampler] or observe is not None:
+            msg = f"Artifact {artifact.name!r} is the sampler {artifact.sampler!r} as one graph: it runs no other, edits no image, holds its CFG scale and null text, and shows no steps; choose another artifact."
             raise ContractError(msg)
         return run_generator(table, self.networks, bank, inputs)
 
