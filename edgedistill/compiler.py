@@ -36,6 +36,7 @@ class TableFields(TypedDict, total=False):
     clamp: tuple[float, float] | None
     space: Mapping[str, Any]
     decoder: str | None
+    encoder: str | None
 
 
 @dataclass(frozen=True)

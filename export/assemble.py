@@ -42,9 +42,9 @@ from edgedistill.validate import check
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
-from .loader_files import write_loader_files
+from .loader_files import check_formats, write_loader_files
 from .single_graph import refuse, unrolled
-from .single_root import check_target, in_dialects
+from .single_root import check_target, in_dialects, with_one_scale
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
@@ -84,6 +84,9 @@ def export_student(
     if options.single_graph is not None:
         refuse(choose(student.samplers, options.single_graph))
     wanted = {job.name: job for job in jobs(formats, options)}
+    if options.layout == SINGLE_ROOT:
+        check_formats(student, {job.format for job in wanted.values()})
+        student = with_one_scale(student, target, {job.format for job in wanted.values()})
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
     missing = [job for name, job in wanted.items() if name not in kept]

@@ -3,24 +3,28 @@
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.arguments import add_command, add_json, add_target, target_of
+from edgedistill.arguments import add_command, add_json, add_target, positive, target_of
 from edgedistill.errors import ConfigError
 
 from .formats import ALL, FORMATS, ExportOptions, jobs
+from .layouts import LAYOUTS
 
 if TYPE_CHECKING:
     from edgedistill.bundle import Artifact, Bundle
+    from edgedistill.student import Student
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
 _HEADERS = ("artifact", "runtime", "MB", "SNR dB")
 _LEGEND = "SNR: one call of the written file against PyTorch, from noise."
 _DESCRIPTION = """\
-Write a student as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch reference, with the sampler
-table, golden tensors and calibration inputs. Each file is run once beside PyTorch before the bundle
-appears. A bundle that already holds this student gets what it lacks and keeps what it has."""
+Write a student, or a folder of diffusers', as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch
+reference, with the sampler table, golden tensors and calibration inputs. Each file is run once beside
+PyTorch before the bundle appears. A bundle that already holds this student gets what it lacks and keeps
+what it has. A pipeline becomes a single root, which diffusers, optimum and OpenVINO GenAI open too."""
 _EPILOG = """\
 examples:
   edgedistill export onnx -m student bundle
@@ -28,6 +32,7 @@ examples:
   edgedistill export coreml -m student bundle --min-deployment-target iOS18
   edgedistill export onnx -m student baked --guidance-scale 2
   edgedistill export coreml -m student bundle --single-graph
+  edgedistill export all -m stable-diffusion-v1-5 OUT --num-inference-steps 4 --guidance-scale 7.5
   edgedistill export all -m student -o bundle
 
 Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
@@ -68,16 +73,33 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "-m",
         "--model",
         "--model-name-or-path",
-        metavar="STUDENT",
+        metavar="MODEL",
         type=Path,
         required=True,
-        help="folder that `distill` made",
+        help="folder that `distill` made, or that diffusers wrote",
     )
     parser.add_argument(
         "--guidance-scale",
         metavar="G",
         type=float,
-        help="bake guidance at this scale into the weights (default: an input stays an input)",
+        help="of a student: bake guidance at this scale into the weights (default: an input stays an input); "
+        "of a pipeline: its scale (default: that of a latent-consistency model, else none)",
+    )
+    pipeline = parser.add_argument_group("a folder of diffusers'")
+    pipeline.add_argument(
+        "--num-inference-steps",
+        "--steps",
+        metavar="N",
+        type=positive,
+        help="of its sampler (default: 4)",
+    )
+    pipeline.add_argument("--height", metavar="H", type=positive, help="of images (default: its)")
+    pipeline.add_argument("--width", metavar="W", type=positive, help="of images (default: its)")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="single-root: files where loaders of pipelines look; bundle: by format (default: a single root "
+        "where loaders know the networks)",
     )
     graph = parser.add_argument_group("one graph")
     graph.add_argument(
@@ -103,7 +125,11 @@ def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
         "--batch-size", metavar="N", type=int, default=1, help="of the graphs (default: 1)"
     )
     if may_be_free:
-        batch.add_argument("--dynamic", action="store_true", help="leave the batch size free")
+        batch.add_argument(
+            "--dynamic",
+            action="store_true",
+            help="leave the batch size free; in a single root, where it is: height and width",
+        )
 
 
 def _add_precision(parser: argparse.ArgumentParser, precisions: tuple[str, ...]) -> None:
@@ -133,32 +159,55 @@ def _run(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         single_graph=_sampler_of(options),
         text_inside=not options.text_embeddings,
+        free_sizes=options.dynamic,
     )
     jobs([options.format], settings)
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
 
-    from edgedistill.student import Student
-
-    student = Student.open(options.model)
-    from .assemble import export_student
-
     with (
         tqdm(unit="artifact", leave=False, disable=None) as bar,
         tempfile.TemporaryDirectory() as place,
     ):
-        if options.guidance_scale is not None:
-            from .bake import bake_student
+        student = _source(options, Path(place))
+        from .assemble import export_student
+        from .single_root import layout_for
 
-            student = bake_student(student, options.guidance_scale, Path(place))
+        layout = layout_for(student, target, options.layout)
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.set_description_str(what)
 
-        bundle = export_student(student, target, [options.format], settings, tell)
+        bundle = export_student(
+            student, target, [options.format], replace(settings, layout=layout), tell
+        )
     _tell(bundle, as_json=options.json)
     return 0
+
+
+def _source(options: argparse.Namespace, place: Path) -> "Student":
+    """Open what is exported; a student whose guidance is baked is written to `place`."""
+    from edgedistill.student import MANIFEST, Student
+
+    steps, scale = options.num_inference_steps, options.guidance_scale
+    sizes = options.height, options.width
+    if (options.model / MANIFEST).is_file():
+        if (steps, sizes) != (None, (None, None)):
+            msg = f"{options.model}: a student has the steps and the size that it was trained for; leave them out."
+            raise ConfigError(msg)
+        student = Student.open(options.model)
+        if scale is None:
+            return student
+        from .bake import bake_student
+
+        return bake_student(student, scale, place)
+    from edgedistill.models.source import open_source
+
+    from .single_root import resized
+
+    student = open_source(options.model, num_steps=steps, guidance_scale=scale)
+    return student if sizes == (None, None) else resized(student, *sizes)
 
 
 def _sampler_of(options: argparse.Namespace) -> str | None:

@@ -1,24 +1,34 @@
 """One folder that every loader of pipelines opens: what its graphs are made of, and what it may hold."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from edgedistill.bundle import Bundle
-from edgedistill.contract import Signature
+from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, ConfigError
+from edgedistill.files import read_json
+from edgedistill.models.store import class_name
 from edgedistill.student import Student
+from edgedistill.table import SamplerTable
 
 from .dialects import Dialect, batch_of
 from .formats import Job
-from .layouts import BUNDLE, INDEX, SINGLE_ROOT
+from .layouts import BUNDLE, INDEX, PACKAGES, SINGLE_ROOT
 
 SECOND = "text_encoder_2"
-KNOWN = ("unet", "text_encoder", SECOND, "vae_decoder", "vae_encoder")
-"""Networks that loaders look for."""
-_NEEDED = ("unet", "text_encoder", "vae_decoder")
+_DECODER = "vae_decoder"
+_NEEDED = ("unet", "text_encoder", _DECODER)
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+_KNOWN: Mapping[str, Collection[str]] = {
+    "unet": ("UNet2DConditionModel", "ExtendedUNet2DConditionModel"),
+    "text_encoder": ("CLIPTextModel",),
+    SECOND: ("CLIPTextModelWithProjection",),
+    _DECODER: _AUTOENCODERS,
+    "vae_encoder": _AUTOENCODERS,
+}
 
 
 def layout_for(student: Student, target: Path, asked: str | None) -> str:
@@ -27,14 +37,19 @@ def layout_for(student: Student, target: Path, asked: str | None) -> str:
     Raises:
         ConfigError: If a single root is asked for and loaders know no such pipeline.
     """
-    fits = set(_NEEDED) <= set(student.signatures) <= set(KNOWN)
+    held = {name: _class_of(student, name) for name in student.signatures}
+    fits = set(_NEEDED) <= set(held) and all(held[name] in _KNOWN.get(name, ()) for name in held)
     if asked == SINGLE_ROOT and not fits:
-        held = ", ".join(student.signatures)
-        msg = f"{student.root}: loaders know pipelines of {', '.join(_NEEDED)}, this one has {held}; export with --layout bundle."
+        found = ", ".join(f"{name} ({kind})" for name, kind in held.items())
+        msg = f"{student.root}: loaders know stock pipelines of {', '.join(_NEEDED)}, this one has {found}; export with --layout bundle."
         raise ConfigError(msg)
     if asked is None and (target / INDEX).is_file():
         return SINGLE_ROOT
     return asked or (SINGLE_ROOT if fits else BUNDLE)
+
+
+def _class_of(student: Student, network: str) -> str | None:
+    return class_name(read_json(student.folder(network) / "config.json"))
 
 
 def check_target(target: Path, kept: Sequence[str], wanted: Sequence[Job], held: Bundle) -> None:
@@ -52,15 +67,24 @@ def check_target(target: Path, kept: Sequence[str], wanted: Sequence[Job], held:
     if "text_encoder" in str(target.resolve()):
         msg = f"{target}: OpenVINO GenAI finds no tokenizer where a path itself holds `text_encoder`; choose another name."
         raise BundleError(msg)
-    there = {held.artifacts[name].format: held.artifacts[name].precision for name in kept}
-    for job in wanted:
+    plain = [held.artifacts[name] for name in kept if held.artifacts[name].sampler is None]
+    there = {item.format: item.precision for item in plain}
+    for job in (item for item in wanted if item.sampler is None):
         if there.setdefault(job.format, job.precision) != job.precision:
             msg = f"{target}: holds {job.format} in {there[job.format]}, and loaders look for one file per network; write {job.precision} to another folder, or give --overwrite."
             raise BundleError(msg)
 
 
-def with_one_scale(student: Student) -> Student:
-    """Return a student whose embedded guidance is not chosen: Core ML's graphs hold one scale."""
+def with_one_scale(student: Student, target: Path, formats: Collection[str]) -> Student:
+    """Return a student whose embedded guidance is not chosen, if it shall be in Core ML, whose graphs hold one scale.
+
+    Args:
+        student: What is exported.
+        target: The single root; where it holds packages of Core ML already, it has one scale.
+        formats: What will be written.
+    """
+    if "coreml" not in formats and not (target / PACKAGES).is_dir():
+        return student
     tables = {}
     for name, table in student.samplers.items():
         guidance = table.guidance
@@ -72,6 +96,58 @@ def with_one_scale(student: Student) -> Student:
     return dataclasses.replace(
         student, table=tables[default], further={name: tables[name] for name in further}
     )
+
+
+def resized(student: Student, height: int | None, width: int | None) -> Student:
+    """Return a pipeline that makes images of another size.
+
+    Args:
+        student: Its networks take any size.
+        height, width: Of the image; None: as it is.
+
+    Raises:
+        ConfigError: If it works on pixels, or its latents cannot make this size.
+    """
+    decoder = student.signatures.get(_DECODER)
+    if decoder is None:
+        msg = f"{student.root}: only what works on latents is exported at another size, and it has no {_DECODER}."
+        raise ConfigError(msg)
+    latents, images = decoder.inputs[0].shape[2:], decoder.outputs[0].shape[2:]
+    factor = int(images[0]) // int(latents[0])
+    size = (height or int(images[0]), width or int(images[1]))
+    if any(side % (2 * factor) for side in size):
+        msg = f"Height and width must be multiples of {2 * factor}, got {size[0]} and {size[1]}."
+        raise ConfigError(msg)
+    small = (size[0] // factor, size[1] // factor)
+
+    def spec_of(spec: TensorSpec) -> TensorSpec:
+        sides = {"image": size, **dict.fromkeys(("x", "raw", "latent"), small)}.get(spec.kind)
+        return spec if sides is None else dataclasses.replace(spec, shape=(*spec.shape[:2], *sides))
+
+    tables = {name: _resized_table(table, small, size) for name, table in student.samplers.items()}
+    default, *further = tables
+    signatures = {
+        name: Signature(tuple(map(spec_of, each.inputs)), tuple(map(spec_of, each.outputs)))
+        for name, each in student.signatures.items()
+    }
+    return dataclasses.replace(
+        student,
+        table=tables[default],
+        further={name: tables[name] for name in further},
+        signatures=signatures,
+        folders={**{name: name for name in signatures}, **student.folders},
+    )
+
+
+def _resized_table(
+    table: SamplerTable, latents: tuple[int, int], images: tuple[int, int]
+) -> SamplerTable:
+    stages = [dataclasses.replace(s, shape=(s.shape[0], *latents)) for s in table.stages]
+    conditions = [
+        item if item.shape is None else dataclasses.replace(item, shape=(item.shape[0], *images))
+        for item in table.conditions
+    ]
+    return dataclasses.replace(table, stages=tuple(stages), conditions=tuple(conditions))
 
 
 def in_dialects(

@@ -32,9 +32,11 @@ from edgedistill.text import Tokenizer
 
 NUM_STEPS = 4
 EMBEDDED_RANGE = (1.0, 15.0)
-"""Guidance scales that latent-consistency models are asked for; their folders do not say what they were trained for."""
+"""Guidance scales that pipelines are asked for; their folders do not say what they were made for."""
 EMBEDDED_DEFAULT = 8.5
-_TOKENIZER = "tokenizer"
+CFG_RANGE = (1.0, 20.0)
+"""Guidance scales that may be chosen where every row calls the network twice."""
+_TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _DECODER, _ENCODER = "vae_decoder", "vae_encoder"
 # What every loader of pipelines samples alike, if the number of steps divides that of the schedule.
 _PORTABLE = {
@@ -103,14 +105,12 @@ class _Sketch:
         denoiser: The network that draws.
         networks: All of them by name.
         folders: Subfolders of those that do not lie in one of their own name.
-        tokenizer: None where no prompts are read.
         vae: Configuration of the autoencoder, or None.
     """
 
     denoiser: Mapping[str, Any]
     networks: Mapping[str, nn.Module]
     folders: Mapping[str, str]
-    tokenizer: Tokenizer | None
     vae: Mapping[str, Any] | None
 
 
@@ -134,14 +134,14 @@ def _sketch(parts: Parts) -> _Sketch:
             halves = {_DECODER: VaeDecoder(stock, size), _ENCODER: VaeEncoder(stock, size)}
             networks |= halves
             folders |= dict.fromkeys(halves, parts.vae.name)
-    tokenizer = Tokenizer.open(parts.root / _TOKENIZER) if encoders else None
+    tokenizers = [Tokenizer.open(parts.root / _TOKENIZERS[name]) for name in encoders]
     networks |= encoders
-    refuse_strangers(
-        str(parts.root), parts.name, signature, list(encoders.values()), tokenizer, vae
-    )
+    readers = list(encoders.values())
+    words = max(tokenizers, key=lambda item: item.vocabulary_size, default=None)
+    refuse_strangers(str(parts.root), parts.name, signature, readers, words, vae)
     for name, network in networks.items():
         store.refuse_missing(parts.root / folders.get(name, name) / store.weights_file(network))
-    return _Sketch(store.config_of(denoiser), networks, folders, tokenizer, vae)
+    return _Sketch(store.config_of(denoiser), networks, folders, vae)
 
 
 def _encoders(parts: Parts, denoiser: Signature) -> dict[str, TextEncoder]:
@@ -168,7 +168,7 @@ def _table(
     guidance, classes = _guidance(parts, signature, sketch.denoiser, scale)
     _, *shape = signature.inputs[0].shape
     state = int(shape[0]), int(shape[1]), int(shape[2])
-    decoder = _DECODER if sketch.vae is not None else None
+    decoder, encoder = (_DECODER, _ENCODER) if sketch.vae is not None else (None, None)
     return compile_scheduler(
         config,
         num_steps,
@@ -179,6 +179,7 @@ def _table(
         clamp=(-1.0, 1.0),
         space=space_of(sketch.vae),
         decoder=decoder,
+        encoder=encoder,
     )
 
 
@@ -192,9 +193,11 @@ def _conditions(
     encoders = {k: v for k, v in sketch.networks.items() if isinstance(v, TextEncoder)}
     reads = None
     if encoders:
+        first, *others = encoders
         reads = {
-            "encoder": next(iter(encoders)),
-            "tokenizer": _TOKENIZER,
+            "encoder": first,
+            "tokenizer": _TOKENIZERS[first],
+            "further": {name: _TOKENIZERS[name] for name in others} or None,
             "length": min(encoder.length for encoder in encoders.values()),
             "examples": parts.examples,
         }
@@ -216,7 +219,9 @@ def _guidance(
         return Guidance(), classes
     null: dict[str, Any] = {}
     if (words := denoiser.input("text")) is not None:
-        null[words.name] = ""
+        # Stable Diffusion XL was trained without prompts on zeros in place of embeddings.
+        zeros = parts.encoders[1:] and parts.index.get("force_zeros_for_empty_prompt", True)
+        null[words.name] = 0 if zeros else ""
     if (labels := denoiser.input("class")) is not None and classes:
         # A transformer has an embedding for "no class" behind the others, of a UNet it is the last one.
         classes -= parts.name == "unet"
@@ -224,4 +229,5 @@ def _guidance(
     if not null:
         msg = f"{parts.root}: guidance needs a network that takes a text or a class; leave the scale out."
         raise ConfigError(msg)
-    return Guidance("cfg", default=scale, range=(scale, scale), null=null), classes
+    limits = (min(scale, CFG_RANGE[0]), max(scale, CFG_RANGE[1]))
+    return Guidance("cfg", default=scale, range=limits, null=null), classes
