@@ -14,7 +14,7 @@ CONDITION_FIELDS: Mapping[str, tuple[str, ...]] = {
     "mask": ("shape",),
     "size": ("shape",),
 }
-_MAY_HOLD = {"image": {"encoder"}}
+_MAY_HOLD = {"image": {"encoder"}, "text": {"further"}}
 SIZES = 6
 """Numbers of a size: height and width before and after cropping, with the crop's top and left between them."""
 
@@ -28,7 +28,8 @@ class Guidance:
         input: The network input, for ``embedded``; it is fed ``scale - 1`` (Meng's w).
         default: guidance_scale g used when the caller gives none; g = 1 is no guidance.
         range: Smallest and largest g that the network was trained for.
-        null: What stands for "no condition" by the condition's name, for ``cfg``: a number, or a text.
+        null: What stands for "no condition" by the condition's name, for ``cfg``: a number, or of a text
+            another text; a number of a text is what all its embeddings are filled with.
     """
 
     mode: str = "none"
@@ -51,7 +52,9 @@ class Condition:
         value_range: Of an image: values of black and white.
         encoder: Of a text: the network that makes the input of tokens. Of an image: the one that makes a
             latent of it, or None: it is used as it is.
-        tokenizer: Of a text: name of the tokenizer's file in the bundle.
+        tokenizer: Of a text: name of the tokenizer's file, or of its folder, in the bundle.
+        further: Of a text: further encoders that read it, each with its tokenizer, by name. What one makes
+            under a name that is there already goes behind that on the last axis.
         length: Of a text: number of tokens it is padded or cut to.
         examples: Of a text: prompts that stand in where the caller gives none, and that probes are made of.
     """
@@ -65,6 +68,17 @@ class Condition:
     tokenizer: str | None = None
     length: int | None = None
     examples: tuple[str, ...] | None = None
+    further: Mapping[str, str] | None = None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Names of the networks that make something of it."""
+        return () if self.encoder is None else (self.encoder, *(self.further or ()))
+
+    @property
+    def tokenizers(self) -> tuple[str, ...]:
+        """Names of the tokenizers that its encoders read with, in the same order."""
+        return () if self.tokenizer is None else (self.tokenizer, *(self.further or {}).values())
 
     @property
     def whole_size(self) -> tuple[float, ...]:
@@ -79,7 +93,7 @@ def condition_problems(condition: Condition) -> Iterator[str]:
     if kind not in CONDITION_FIELDS:
         yield f"condition kind must be one of {', '.join(CONDITION_FIELDS)}, got {kind!r}"
         return
-    held = {k for k, v in vars(condition).items() if v not in (None, ())} - {"name", "kind"}
+    held = {k for k, v in vars(condition).items() if v not in (None, (), {})} - {"name", "kind"}
     wanted = set(CONDITION_FIELDS[kind])
     held -= _MAY_HOLD.get(kind, set())
     if held - wanted or (kind != "class" and held != wanted):
@@ -102,10 +116,10 @@ def guidance_problems(guidance: Guidance, conditions: Mapping[str, Condition]) -
     ) or not guidance.null.keys() <= conditions.keys():
         yield "guidance has `null` values of conditions exactly when its mode is 'cfg'"
     elif not all(
-        isinstance(value, str) if conditions[name].kind == "text" else finite(value)
+        finite(value) or (isinstance(value, str) and conditions[name].kind == "text")
         for name, value in guidance.null.items()
     ):
-        yield f"a `null` value is a text for a text and a number for everything else, got {dict(guidance.null)}"
+        yield f"a `null` value is a number, or for a text a text, got {dict(guidance.null)}"
     low, high = guidance.range
     if not finite(low, high, guidance.default) or not low <= guidance.default <= high:
         yield f"guidance default {guidance.default} is outside of its range [{low}, {high}]"

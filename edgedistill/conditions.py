@@ -11,7 +11,8 @@ from edgedistill.images import from_pil
 from edgedistill.sampler import NULL, TOKENS
 from edgedistill.table import Condition, Guidance, SamplerTable
 
-Tokenize = Callable[[Sequence[str], int], np.ndarray]  # texts and a length to int32 (texts, length)
+# Texts and a length to int32 (texts, length), or (texts, encoders, length) where several read.
+Tokenize = Callable[[Sequence[str], int], np.ndarray]
 
 
 def network_conditions(
@@ -66,7 +67,7 @@ def entries(condition: Condition, value: Any) -> int | None:
         return len(value)
     rank = {"class": 1, "text": 3, "image": 4, "mask": 4, "size": 2}[condition.kind]
     if condition.kind == "text" and not _floats(value):
-        rank = 2
+        rank = 2 + bool(condition.further)
     return len(value) if np.ndim(value) == rank else None
 
 
@@ -84,7 +85,7 @@ def _classes(condition: Condition, count: int, given: Any) -> np.ndarray:
 
 
 def _text(
-    condition: Condition, count: int, given: Any, null: str | None, tokenize: Tokenize | None
+    condition: Condition, count: int, given: Any, null: Any, tokenize: Tokenize | None
 ) -> dict[str, np.ndarray]:
     examples = condition.examples or ("",)
     value = [examples[i % len(examples)] for i in range(count)] if given is None else given
@@ -98,7 +99,7 @@ def _text(
             msg = f"`{condition.name}` must be a prompt or {count} of them, tokens or embeddings, got {value!r:.60}."
             raise ContractError(msg)
         made[TOKENS] = _repeated(condition, _tokens(condition, prompts, tokenize), count)
-    if null is not None:
+    if isinstance(null, str):
         made[NULL + TOKENS] = _repeated(condition, _tokens(condition, [null], tokenize), count)
     return made
 

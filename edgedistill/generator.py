@@ -94,6 +94,6 @@ def run_generator(
     given = {name: value for name, value in conditions.items() if not name.startswith(NULL)}
     text = table.condition("text")
     if text is not None and text.encoder is not None and text.encoder in networks:
-        given |= embedded(networks, text.encoder, given)
+        given |= embedded(networks, text, given)
     bank = dict(zip(noise_names(table), noise, strict=True))
     return networks[GENERATOR]({**given, **bank})[OUTPUT]

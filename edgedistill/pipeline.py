@@ -23,8 +23,6 @@ from edgedistill.tables import choose, tokenizers_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from edgedistill.text import Tokenizer
-
 PROMPT = "prompt"
 
 
@@ -140,7 +138,7 @@ class Pipeline:
         self.bundle = bundle
         self.artifact = artifact
         self.table = bundle.table
-        self._tokenizer: Tokenizer | None = None
+        self._tokenize: Tokenize | None = None
         self.runtime: Runtime = plugins.find(plugins.RUNTIMES, artifact.runtime)
         routers = [table.router for table in bundle.samplers.values() if table.router]
         students = {name for router in routers for name in router.networks}
@@ -215,11 +213,11 @@ class Pipeline:
         names = tokenizers_of(self.bundle.samplers)
         if not names:
             return None
-        from edgedistill.text import Tokenizer
+        from edgedistill.text import open_readers
 
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.open(self.bundle.path(names[0]))
-        return self._tokenizer.encode
+        if self._tokenize is None:
+            self._tokenize = open_readers([self.bundle.path(name) for name in names])
+        return self._tokenize
 
 
 def load(

@@ -10,10 +10,10 @@ import numpy as np
 
 from edgedistill.errors import ContractError
 from edgedistill.router import Router, route
-from edgedistill.table import Blend, Row, SamplerTable, Stage
+from edgedistill.table import Blend, Condition, Row, SamplerTable, Stage
 
 Array = Any  # numpy.ndarray or torch.Tensor: whatever has arithmetic, `clip` and `reshape`
-TOKENS = "input_ids"  # of a text encoder
+TOKENS = "input_ids"  # of a text encoder; where several read one text, with an axis of theirs behind the batch
 LATENT = "latent_sample"  # of a decoder, and what an encoder of images answers
 IMAGE = "sample"  # of an encoder of images
 NULL = "null."  # before the name of what unguided calls are given instead
@@ -104,7 +104,7 @@ def encoded(
     masks = {row.blend.mask for row in table.rows if row.blend is not None}
     for item in table.conditions:
         if item.kind == "text" and item.encoder is not None:
-            given |= embedded(networks, item.encoder, conditions)
+            given |= embedded(networks, item, conditions, table.guidance.null.get(item.name))
         elif item.kind == "image" and item.encoder is not None:
             given[item.name] = latent_of(table, _find(networks, item.encoder), given[item.name])
         elif item.name in masks:
@@ -115,15 +115,39 @@ def encoded(
 
 
 def embedded(
-    networks: Mapping[str, Network], encoder: str, conditions: Mapping[str, Array]
+    networks: Mapping[str, Network],
+    text: Condition,
+    conditions: Mapping[str, Array],
+    null: Any = None,
 ) -> dict[str, Array]:
-    """Return what a text encoder makes of the tokens among the conditions, and of those of the null text."""
+    """Return what a text's encoders make of the tokens among the conditions, and of those of the null text.
+
+    Args:
+        networks: Holds the encoders.
+        text: Names them.
+        conditions: Tokens (batch, length), or (batch, encoders, length) where there are several.
+        null: A number that the embeddings of the null text are filled with.
+    """
     texts: dict[str, Array] = {}
     for prefix in ("", NULL):
         if prefix + TOKENS in conditions:
-            made = _find(networks, encoder)({TOKENS: conditions[prefix + TOKENS]})
-            texts |= {prefix + name: value for name, value in made.items()}
+            tokens = conditions[prefix + TOKENS]
+            for index, encoder in enumerate(text.encoders):
+                mine = tokens[:, index] if len(tokens.shape) > 2 else tokens
+                for name, value in _find(networks, encoder)({TOKENS: mine}).items():
+                    known = texts.get(prefix + name)
+                    texts[prefix + name] = value if known is None else _beside(known, value)
+    if null is not None and not isinstance(null, str):
+        texts |= {NULL + name: value * 0 + null for name, value in texts.items()}
     return texts
+
+
+def _beside(first: Array, second: Array) -> Array:
+    """Put two arrays side by side on the last axis, of whatever library."""
+    width = first.shape[-1]
+    whole = first[..., [*range(width), *[0] * second.shape[-1]]]
+    whole[..., width:] = second
+    return whole
 
 
 def latent_of(table: SamplerTable, encoder: Network, images: Array) -> Array:

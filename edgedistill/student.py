@@ -64,9 +64,9 @@ class Student:
         names = tokenizers_of(self.samplers)
         if not names:
             return None
-        from edgedistill.text import Tokenizer
+        from edgedistill.text import open_readers
 
-        return Tokenizer.open(inside(self.root, names[0])).encode
+        return open_readers([inside(self.root, name) for name in names])
 
     def folder(self, network: str) -> Path:
         """Return the folder that a network lies in."""

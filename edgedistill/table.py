@@ -191,7 +191,7 @@ class SamplerTable:
         for name in (name for row in self.rows for name in row.call):
             routed = self.router is not None and name == self.router.network
             names |= dict.fromkeys(self.router.networks if self.router and routed else [name])
-        others = [*(item.encoder for item in self.conditions), self.decoder]
+        others = [*(name for item in self.conditions for name in item.encoders), self.decoder]
         return tuple(names | dict.fromkeys(name for name in others if name is not None))
 
     def condition(self, kind: str) -> Condition | None:

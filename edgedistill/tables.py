@@ -82,7 +82,7 @@ def tokenizers_of(tables: Tables) -> tuple[str, ...]:
         BundleError: If one of them has the name of something else that lies there.
     """
     texts = (table.condition("text") for table in tables.values())
-    names = tuple(dict.fromkeys(item.tokenizer for item in texts if item and item.tokenizer))
+    names = tuple(dict.fromkeys(name for item in texts if item for name in item.tokenizers))
     for name in names:
         if not _NAME.fullmatch(name) or name in (TABLE, "edgedistill.json", "student.json"):
             msg = f"A tokenizer's file cannot be named {name!r}; name it such as tokenizer.json."

@@ -1,7 +1,7 @@
 """Prompts to token numbers, without torch: a `tokenizer.json` on the `tokenizers` package."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,27 @@ _CLIP_FILES = ("vocab.json", "merges.txt")
 # How OpenAI's CLIP cuts text: contractions, words, single digits, runs of anything else.
 _CLIP_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+
+
+def open_readers(paths: Sequence[Path]) -> "Callable[[Sequence[str], int], np.ndarray]":
+    """Return what turns prompts into tokens, of one tokenizer or of several that read the same.
+
+    Args:
+        paths: As `Tokenizer.open` takes them, one per encoder.
+
+    Returns:
+        A function of prompts and a length to int32 (prompts, length), with an axis of encoders behind the
+        first where there are several.
+
+    Raises:
+        BundleError, MissingDependencyError: As `Tokenizer.open`.
+    """
+    readers = [Tokenizer.open(path) for path in paths]
+    if len(readers) == 1:
+        return readers[0].encode
+    return lambda prompts, length: np.stack(
+        [reader.encode(prompts, length) for reader in readers], axis=1
+    )
 
 
 class Tokenizer:

@@ -82,14 +82,14 @@ class Generator(nn.Module):
         """Return what the text encoder makes of the null text, one sample each."""
         text = self.table.condition("text")
         null = self.table.guidance.null.get(text.name) if text else None
-        if text is None or null is None:
+        if text is None or not isinstance(null, str):
             return {}
         if tokenize is None or text.encoder is None:
             msg = f"The null text of `{text.name}` becomes a constant of the graph, but there is no tokenizer or no text encoder to make it with."
             raise ConfigError(msg)
         tokens = torch.from_numpy(tokenize([null], text.length or 0))
         with torch.no_grad():
-            return embedded(self.calls, text.encoder, {NULL + TOKENS: tokens})
+            return embedded(self.calls, text, {NULL + TOKENS: tokens})
 
 
 def refuse(table: SamplerTable) -> None:
