@@ -25,6 +25,7 @@ TEXT = {"output_type": "np", "height": 16, "width": 16}
 ASKED: dict[str, dict[str, Any]] = {
     "sd": {"prompt": PROMPTS, **TEXT},
     "lcm": {"prompt": PROMPTS, **TEXT},
+    "sdxl": {"prompt": PROMPTS, **TEXT},
     "unconditional": {"batch_size": 2, "output_type": "np"},
     "class": {"batch_size": 2, "class_labels": CLASSES, "output_type": "np"},
     "dit": {"class_labels": CLASSES, "output_type": "np"},
@@ -34,6 +35,8 @@ CASES = [
     ("sd", 5.0, 2),
     ("lcm", 8.5, 4),
     ("lcm", 3.0, 1),
+    ("sdxl", 1.0, 2),
+    ("sdxl", 4.0, 4),
     ("unconditional", None, 5),
     ("class", None, 4),
     ("dit", 1.0, 4),

@@ -323,7 +323,7 @@ CFG = Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": 10})
         ),
         (
             {"guidance": Guidance("cfg", None, 2.0, (1.0, 4.0), {"class_labels": "none"})},
-            "a `null` value is a text for a text and a number for everything else",
+            "a `null` value is a number, or for a text a text",
         ),
         ({"space": {"kind": "pixel"}}, r"space needs a `value_range` \[low, high\], got None"),
         ({"space": {"value_range": [1, 1]}}, "space needs a `value_range`"),
