@@ -20,7 +20,7 @@ from tqdm import tqdm
 from train_digits_teacher import build_scheduler, loss_of_batch, write
 
 from edgedistill.data.digits import Images, load_digits
-from edgedistill.evaluation.report import Evaluator, fit_classifier
+from edgedistill.evaluation.report import Evaluator, QualityReport, fit_classifier
 from edgedistill.models import store
 from edgedistill.models.replace import replace_network
 from edgedistill.models.run import sample_torch
@@ -56,32 +56,61 @@ def fine_tune(network: UNet2DModel, data: Images, steps: int) -> UNet2DModel:
     return network.eval().requires_grad_(requires_grad=False)
 
 
-def print_figures(teacher: Teacher, student: Student, evaluator: Evaluator) -> None:
-    """Sample with two passes, with one, and with one and the guide, from the same noise."""
-    rows, labels = student.table.nfe, np.arange(COUNT) % 10
-    modules = {name: store.load(student.root / name) for name in student.signatures}
+def transfer(
+    guide: Student, output: Path, *, degrees: float = 15.0, inverted: bool = False, steps: int = 150
+) -> dict[str, tuple[int, QualityReport]]:
+    """Fine-tune the digits teacher, plug the guide in, and measure both.
+
+    Args:
+        guide: Distilled from the packaged teacher.
+        output: Folder for ``teacher``, the fine-tune, and ``student``, the guide on it.
+        degrees, inverted: See `changed`.
+        steps: Of fine-tuning; 0: none.
+
+    Returns:
+        Evaluations and figures by sampler, as `figures`.
+    """
+    splits = [load_digits("train"), load_digits("test")]
+    if steps:
+        splits = [changed(data, degrees, inverted=inverted) for data in splits]
+    train, held_out = splits
+    write(fine_tune(Teacher.open("digits").network, train, steps), output / "teacher")
+    student = replace_network(guide, "unet", output / "teacher" / "unet", output / "student")
+    evaluator = Evaluator(train, held_out, classifier=fit_classifier(train))
+    return figures(Teacher.open(output / "teacher"), student, evaluator)
+
+
+def figures(
+    teacher: Teacher, student: Student, evaluator: Evaluator
+) -> dict[str, tuple[int, QualityReport]]:
+    """Sample with two passes, with one, and with one and the guide, from the same noise.
+
+    Returns:
+        Evaluations of the base and figures by sampler, the first of them the guided many-step teacher, which
+        the errors are measured to.
+    """
+    rows = student.table.nfe
     plain = {"unet": teacher.network}
-    guided = sample_torch(plain, teacher.table(TEACHER_STEPS, G), COUNT)
-    made = {
-        f"guided teacher, {TEACHER_STEPS} rows of two passes": guided,
-        f"guided teacher, {rows} rows of two passes": sample_torch(
-            plain, teacher.table(rows, G), COUNT
-        ),
-        f"no guidance, {rows} rows": sample_torch(plain, teacher.table(rows, 1.0), COUNT),
-        f"guide, {rows} rows": sample_torch(modules, student.table, COUNT, guidance_scale=G),
+    guided = {name: store.load(student.folder(name)) for name in student.signatures}
+    samplers = {
+        f"guided teacher, {TEACHER_STEPS} rows": (plain, teacher.table(TEACHER_STEPS, G)),
+        f"guided teacher, {rows} rows": (plain, teacher.table(rows, G)),
+        f"no guidance, {rows} rows": (plain, teacher.table(rows, 1.0)),
+        f"guide, {rows} rows": (guided, student.table),
     }
-    best = evaluator.frechet(guided)
-    print(f"{'':36}  Frechet  / guided  error to guided  accuracy")
-    for name, samples in made.items():
-        report = evaluator.report(samples, labels, guided)
-        print(
-            f"{name:36} {report.frechet:8.3f} {report.frechet / best:9.3f} "
-            f"{report.mse_to_reference:16.5f} {report.accuracy:9.3f}"
-        )
+    made = {
+        name: sample_torch(modules, table, COUNT, guidance_scale=G if modules is guided else None)
+        for name, (modules, table) in samplers.items()
+    }
+    best, labels = next(iter(made.values())), np.arange(COUNT) % 10
+    return {
+        name: (samplers[name][1].nfe, evaluator.report(samples, labels, best))
+        for name, samples in made.items()
+    }
 
 
 def main() -> int:
-    """Fine-tune, plug in, measure."""
+    """Fine-tune, plug in, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("student", type=Path, help="a guide, distilled from the packaged teacher")
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -90,19 +119,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150, help="of fine-tuning; 0: none")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    splits = (load_digits("train"), load_digits("test"))
-    if options.steps:
-        splits = tuple(changed(x, options.degrees, inverted=options.inverted) for x in splits)
-    network = fine_tune(Teacher.open("digits").network, splits[0], options.steps)
-    write(network, options.output / "teacher")
-    student = replace_network(
+    found = transfer(
         Student.open(options.student),
-        "unet",
-        options.output / "teacher" / "unet",
-        options.output / "student",
+        options.output,
+        degrees=options.degrees,
+        inverted=options.inverted,
+        steps=options.steps,
     )
-    evaluator = Evaluator(*splits, classifier=fit_classifier(splits[0]))
-    print_figures(Teacher.open(options.output / "teacher"), student, evaluator)
+    _, best = next(iter(found.values()))
+    print(f"{'':26}  evaluations  Frechet  / guided  error to guided  accuracy")
+    for name, (nfe, report) in found.items():
+        print(
+            f"{name:26} {nfe:12} {report.frechet:8.3f} {report.frechet / best.frechet:9.3f} "
+            f"{report.mse_to_reference:16.5f} {report.accuracy:9.3f}"
+        )
     return 0
 
 

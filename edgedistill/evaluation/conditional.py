@@ -109,23 +109,23 @@ def follow_teacher(
     teacher: Teacher,
     given: Trial,
     evaluator: Evaluator,
-    steps: int = 4,
+    evaluations: int = 4,
     w: Sequence[float] = (0.0, 0.5),
     spacings: Sequence[str] = ("trailing", "leading"),
     seed: int = 0,
-) -> Following:
-    """Sample the teacher, which was never told of any image, so that it follows one; return the best of what was tried.
+) -> tuple[Following, ...]:
+    """Sample the teacher, which was never told of any image, so that it follows one, in every way that is tried.
 
     After every row but the last the controlled part is put right, in one of two manners: in the state,
     by the known part noised (as in RePaint, arXiv:2201.09865), or in the estimate of x (as in DDNM,
-    arXiv:2212.00490).
+    arXiv:2212.00490). Both put it right after the last row too: what that does is in `Following.imposed`.
 
     Args:
         teacher: The teacher.
         given: What is to be followed.
         evaluator: Measures.
-        steps: Rows.
-        w: Guidance weights that are tried; rows of other ones than 0 count twice as evaluations.
+        evaluations: Of the network per sample: one for each row, or two for each that is guided.
+        w: Guidance weights that are tried.
         spacings: Spacings of the times that are tried.
         seed: Of the first sample's noise.
 
@@ -135,11 +135,12 @@ def follow_teacher(
     manners: tuple[Manner, ...] = ("state", "estimate")
     found = []
     for weight, spacing, manner in itertools.product(w, spacings, manners):
+        steps = evaluations // (2 if weight else 1)
         table = teacher.table(steps, 1 + weight, spacing)
         samples = _steered(teacher, table, given, manner, weight, seed)
         name = f"teacher, {steps} steps, g={1 + weight:g}, {spacing}, {manner} put right"
         found.append(measured(name, table.nfe, samples, given, evaluator))
-    return min(found, key=lambda item: item.frechet)
+    return tuple(found)
 
 
 def measured(
