@@ -1,10 +1,10 @@
-"""Tables that edit a picture: tables to tables, where the caller's image and mask become conditions."""
+"""Tables changed by a request: edits of a picture, whose image and mask become conditions, and guidance by two calls."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgedistill.errors import ConfigError
+from edgedistill.errors import ConfigError, ContractError
 from edgedistill.schedule import Schedule
 from edgedistill.table import Blend, Condition, Row, SamplerTable, Stage
 
@@ -99,6 +99,42 @@ def edited(
         msg = "An image is given: say with `strength` how far to go from it, or with `mask` what to draw anew."
         raise ConfigError(msg)
     return table
+
+
+def guided(table: SamplerTable, guidance_scale: float, null: str | None = None) -> SamplerTable:
+    """Return a table of two calls per row (``cfg``) at another scale, or with another text for the unguided call.
+
+    Args:
+        table: Its guidance is ``cfg``.
+        guidance_scale: g, in the range of the table's guidance.
+        null: The negative prompt; None: as it is.
+
+    Raises:
+        ContractError: If the guidance is of another kind, the scale is out of range, or no text is read.
+    """
+    guidance, text = table.guidance, table.condition("text")
+    if guidance.mode != "cfg" or (null is not None and text is None):
+        msg = f"This model's guidance is {guidance.mode!r}, which takes no negative prompt; leave it out."
+        raise ContractError(msg)
+    low, high = guidance.range
+    if not low <= guidance_scale <= high:
+        msg = f"`guidance_scale` must lie in [{low:g}, {high:g}], got {guidance_scale:g}."
+        raise ContractError(msg)
+    nulls = guidance.null if null is None or text is None else {**guidance.null, text.name: null}
+    stages = tuple(
+        dataclasses.replace(stage, rows=tuple(_scaled(row, guidance_scale) for row in stage.rows))
+        for stage in table.stages
+    )
+    chosen = dataclasses.replace(guidance, default=guidance_scale, null=nulls)
+    return dataclasses.replace(table, stages=stages, guidance=chosen)
+
+
+def _scaled(row: Row, guidance_scale: float) -> Row:
+    return (
+        row
+        if row.guidance_scale is None
+        else dataclasses.replace(row, guidance_scale=guidance_scale)
+    )
 
 
 def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:

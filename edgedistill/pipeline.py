@@ -1,6 +1,8 @@
 """The public face of a bundle: `load` it on a runtime, call it, get samples."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -8,22 +10,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgedistill import plugins
-from edgedistill.bundle import Artifact, Bundle, NetworkFile
+from edgedistill.bundle import Artifact, Bundle
 from edgedistill.conditions import Tokenize, entries, network_conditions
 from edgedistill.contract import Feeds, Signature
-from edgedistill.edits import edited
+from edgedistill.edits import edited, guided
 from edgedistill.errors import ContractError, MissingDependencyError
 from edgedistill.generator import run_generator
-from edgedistill.network import CheckedNetwork, Session
+from edgedistill.network import Session
 from edgedistill.noise import Bank, bank_shapes, noise_bank
-from edgedistill.sampler import Observer, run_table
+from edgedistill.opened import Networks
+from edgedistill.sampler import Observer, RowTrace, run_table
 from edgedistill.table import SamplerTable
-from edgedistill.tables import choose, tokenizers_of
+from edgedistill.tables import choose, encoders_of, tokenizers_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROMPT = "prompt"
+_PATIENCE = 1.0  # seconds before a bar is shown
 
 
 class Runtime(Protocol):
@@ -62,94 +66,60 @@ class Samples:
         return grid(self.array, columns, self.value_range, scale)
 
 
-class Networks(Mapping[str, CheckedNetwork]):
-    """Networks of an artifact, opened when they are first looked up; those of one file share it.
-
-    Args:
-        files: By name.
-        opener: Opens one.
-        lasting: Names of those that stay open between requests.
-    """
-
-    def __init__(
-        self,
-        files: Mapping[str, NetworkFile],
-        opener: Callable[[NetworkFile], Session],
-        lasting: Iterable[str],
-    ) -> None:
-        self._files = files
-        self._opener = opener
-        self._lasting = frozenset(lasting)
-        self._used: set[str] = set()
-        self._opened: dict[str, CheckedNetwork] = {}
-
-    def __getitem__(self, name: str) -> CheckedNetwork:
-        """Return a network; before one is opened, those that the request has not used are closed."""
-        file = self._files[name]
-        self._used.add(name)
-        if name not in self._opened:
-            self.close_unused()
-            same = (net.session for k, net in self._opened.items() if self._files[k] == file)
-            session = next(same, None) or self._opener(file)
-            self._opened[name] = CheckedNetwork(name, file.signature, session)
-        return self._opened[name]
-
-    def __contains__(self, name: object) -> bool:
-        """Whether the artifact has it; nothing is opened."""
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        """Go through the names."""
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        """Return how many the artifact has."""
-        return len(self._files)
-
-    @property
-    def opened(self) -> tuple[str, ...]:
-        """Names of those that are open."""
-        return tuple(self._opened)
-
-    def begin(self) -> None:
-        """Begin a request, of which nothing has been used yet."""
-        self._used = set(self._lasting)
-
-    def close_unused(self) -> None:
-        """Close what the request has not used."""
-        kept = self._used | self._lasting
-        self._opened = {name: network for name, network in self._opened.items() if name in kept}
-
-
 class Pipeline:
     """An artifact of a bundle, opened on a runtime, with the bundle's sampler tables.
 
-    Of several students, those are open that the last request needed, and no others.
+    Of several students, those are open that the last request needed, and no others; what makes latents of
+    images is opened when there is one.
 
     Args:
         bundle: An opened bundle.
         artifact: Which artifact to run.
         options: Handed to the runtime, such as ``{"device": "GPU"}``.
+        progress: A bar over the rows on stderr; None: where stderr is a terminal and it takes over a second.
+        low_memory: Keep nothing open between requests, and text encoder, sampler's networks and decoder
+            one after another: each request opens them anew.
     """
 
     def __init__(
-        self, bundle: Bundle, artifact: Artifact, options: Mapping[str, Any] | None = None
+        self,
+        bundle: Bundle,
+        artifact: Artifact,
+        options: Mapping[str, Any] | None = None,
+        *,
+        progress: bool | None = None,
+        low_memory: bool = False,
     ) -> None:
         self.bundle = bundle
+        self.progress = progress
         self.artifact = artifact
         self.table = bundle.table
         self._tokenize: Tokenize | None = None
         self.runtime: Runtime = plugins.find(plugins.RUNTIMES, artifact.runtime)
-        routers = [table.router for table in bundle.samplers.values() if table.router]
-        students = {name for router in routers for name in router.networks}
-        lasting = [name for name in artifact.networks if name not in students]
+        brief, around = self._brief(), self._around()
+        lasting = [] if low_memory else [name for name in artifact.networks if name not in brief]
         self.networks = Networks(
             artifact.networks,
             lambda file: self.runtime.open(bundle.path(file.path), file.signature, options or {}),
             lasting,
+            around if low_memory else (),
         )
         for name in lasting:
             self.networks[name]
+
+    def _brief(self) -> set[str]:
+        """Return the networks that a request may do without: students, and what makes latents of images."""
+        tables = self.bundle.samplers
+        routers = [table.router for table in tables.values() if table.router]
+        return {name for router in routers for name in router.networks} | {*encoders_of(tables)}
+
+    def _around(self) -> set[str]:
+        """Return the networks that no row calls: encoders and decoders."""
+        rows = [row for table in self.bundle.samplers.values() for row in table.rows]
+        routers = [table.router for table in self.bundle.samplers.values() if table.router]
+        called = {name for row in rows for name in row.call}
+        called |= {name for router in routers for name in router.networks}
+        return set(self.artifact.networks) - called
 
     def __call__(
         self,
@@ -161,6 +131,7 @@ class Pipeline:
         noise: Bank | None = None,
         observe: Observer | None = None,
         strength: float | None = None,
+        negative_prompt: str | None = None,
         **conditions: Any,
     ) -> Samples:
         """Sample.
@@ -173,6 +144,7 @@ class Pipeline:
             noise: A noise bank to use instead of the seeds.
             observe: Called after every row with its `RowTrace`.
             strength: How far to go from ``image=...``: above 0 and up to 1, which is all the way.
+            negative_prompt: What guidance leads away from; for models whose guidance is a second call.
             **conditions: One entry per sample, or one for all, by name: ``class_labels=[3, 1, 4]``. A class
                 that is left out runs through all classes in turn, a text through its examples; ``prompt``
                 stands for the text's own name. ``image`` and ``mask`` (1: draw anew, 0: keep) are arrays
@@ -185,7 +157,12 @@ class Pipeline:
         """
         table = choose(self.bundle.samplers, sampler or self.artifact.sampler)
         given = _by_name(table, conditions)
-        table = edited(table, given, strength)
+        table = edited(table, given, strength, self._image_shape(table))
+        if negative_prompt is not None or (
+            table.guidance.mode == "cfg" and guidance_scale is not None
+        ):
+            scale = table.guidance.default if guidance_scale is None else guidance_scale
+            table = guided(table, scale, negative_prompt)
         count = _count(table, n, seed, noise, given)
         bank = noise if noise is not None else noise_bank(table, _seeds(seed, count))
         _check_noise(table, bank, count)
@@ -201,11 +178,21 @@ class Pipeline:
     ) -> np.ndarray:
         artifact = self.artifact
         if artifact.sampler is None:
-            return run_table(table, self.networks, bank, inputs, observe)
+            with _bar(table, observe, shown=self.progress) as observer:
+                return run_table(table, self.networks, bank, inputs, observer)
         if table != self.bundle.samplers[artifact.sampler] or observe is not None:
             msg = f"Artifact {artifact.name!r} is the sampler {artifact.sampler!r} as one graph: it runs no other, edits no image, holds its CFG scale and null text, and shows no steps; choose another artifact."
             raise ContractError(msg)
         return run_generator(table, self.networks, bank, inputs)
+
+    def _image_shape(self, table: SamplerTable) -> tuple[int, int, int] | None:
+        """Return the (channels, height, width) of what the decoder makes; None where there is none."""
+        if table.decoder is None or table.decoder not in self.artifact.networks:
+            return None
+        _, channels, height, width = (
+            self.artifact.networks[table.decoder].signature.outputs[0].shape
+        )
+        return int(channels), int(height), int(width)
 
     @property
     def tokenize(self) -> Tokenize | None:
@@ -224,6 +211,9 @@ def load(
     bundle: Bundle | Path | str,
     runtime: str | None = None,
     artifact: str | None = None,
+    *,
+    progress: bool | None = None,
+    low_memory: bool = False,
     **options: Any,
 ) -> Pipeline:
     """Open a bundle on a runtime.
@@ -234,6 +224,7 @@ def load(
             registers; None: the runtime of the artifact.
         artifact: Name of an artifact; None: the first of the runtime. Where both are None: the first
             artifact whose runtime is installed, PyTorch last.
+        progress, low_memory: See `Pipeline`.
         **options: Handed to the runtime.
 
     Raises:
@@ -245,23 +236,45 @@ def load(
         runtime = plugins.ALIASES.get(runtime, runtime)
         plugins.find(plugins.RUNTIMES, runtime)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    ways: dict[str, Any] = {"progress": progress, "low_memory": low_memory}
     if runtime is None and artifact is None:
-        return _load_first(opened, options)
-    return Pipeline(opened, opened.artifact(artifact, runtime), options)
+        return _load_first(opened, options, **ways)
+    return Pipeline(opened, opened.artifact(artifact, runtime), options, **ways)
 
 
-def _load_first(bundle: Bundle, options: Mapping[str, Any]) -> Pipeline:
+def _load_first(bundle: Bundle, options: Mapping[str, Any], **ways: Any) -> Pipeline:
     """Open the first artifact whose runtime is installed; where none is, say what the first one lacks."""
     ordered = sorted(bundle.artifacts.values(), key=lambda item: item.runtime == "torch")
     missing: list[MissingDependencyError] = []
     for item in ordered:
         try:
-            return Pipeline(bundle, item, options)
+            return Pipeline(bundle, item, options, **ways)
         except MissingDependencyError as error:
             missing.append(error)
     if missing:
         raise missing[0]
-    return Pipeline(bundle, bundle.artifact(), options)
+    return Pipeline(bundle, bundle.artifact(), options, **ways)
+
+
+@contextlib.contextmanager
+def _bar(
+    table: SamplerTable, observe: Observer | None, *, shown: bool | None
+) -> Iterator[Observer | None]:
+    """Give an observer that also moves a bar, where one is to be shown."""
+    if shown is False or not (shown or sys.stderr.isatty()):
+        yield observe
+        return
+    from tqdm import tqdm
+
+    delay = 0.0 if shown else _PATIENCE
+    with tqdm(total=len(table.rows), unit="row", delay=delay, leave=False) as bar:
+
+        def move(trace: RowTrace) -> None:
+            bar.update()
+            if observe is not None:
+                observe(trace)
+
+        yield move
 
 
 def _by_name(table: SamplerTable, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,11 +65,15 @@ def register_sample(commands: Any) -> None:
         "--class", "--class-labels", dest="labels", metavar="K", type=int, nargs="+", help="classes"
     )
     parser.add_argument("--prompt", metavar="TEXT", nargs="+", help="prompts")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--guidance-scale", metavar="G", type=float, help="1 is no guidance")
     parser.add_argument("--sampler", metavar="NAME", help="of the bundle (default: its first)")
     parser.add_argument("--image", metavar="FILE", type=Path, help="what is edited")
     parser.add_argument("--strength", metavar="S", type=float, help="0 to 1: how far to go from it")
     parser.add_argument("--mask", metavar="FILE", type=Path, help="white: drawn anew; black: kept")
+    parser.add_argument(
+        "--low-memory", action="store_true", help="open one network after another, keep none"
+    )
     parser.add_argument("--columns", metavar="N", type=positive, help="of the sheet")
     parser.add_argument("--scale", metavar="N", type=positive, help="enlarge each pixel N times")
     parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
@@ -111,7 +115,13 @@ def _sample(options: argparse.Namespace) -> int:
     from edgedistill.pipeline import load
 
     start = time.perf_counter()
-    pipeline = load(options.bundle, options.runtime, options.artifact, **_runtime_options(options))
+    pipeline = load(
+        options.bundle,
+        options.runtime,
+        options.artifact,
+        low_memory=options.low_memory,
+        **_runtime_options(options),
+    )
     count = options.num_samples or len(options.labels or options.prompt or []) or 16
     samples = pipeline(
         count,
@@ -119,6 +129,7 @@ def _sample(options: argparse.Namespace) -> int:
         guidance_scale=options.guidance_scale,
         sampler=options.sampler,
         strength=options.strength,
+        negative_prompt=options.negative_prompt,
         **_turns(pipeline, "class", options.labels, count),
         **_turns(pipeline, "text", options.prompt, count),
         **_pictures(options),
