@@ -212,7 +212,7 @@ def other_numbers(root):
         (pickled_weights, "is a pickle, which can run code when it is read"),
         (no_weights, f"{store.WEIGHTS}: no such file"),
         (half_the_weights, "not a whole safetensors file"),
-        (no_manifest, "not a student folder"),
+        (no_manifest, "has no scheduler_config.json"),
         (newer_manifest, "version 2.0 is newer than 1.1"),
         (other_signature, "its inputs and outputs are not those of the student's manifest"),
         (other_numbers, "row 1: "),
@@ -243,7 +243,7 @@ def test_a_spoilt_student_is_refused_and_the_old_bundle_stays(
         (["onnx", "-m", "STUDENT", "B", "--batch-size", "0"], "`batch` must be 1 or more, got 0"),
         (["onnx", "-m", "STUDENT", "B", "--batch-size", "2", "--dynamic"], "not allowed with"),
         (["onnx", "-m", "STUDENT", "B", "--opset", "3"], "`opset` must lie from 13 to 26, got 3"),
-        (["onnx", "-m", "NOWHERE", "B"], "NOWHERE: not a student folder"),
+        (["onnx", "-m", "NOWHERE", "B"], "NOWHERE: no such folder; give a student's folder"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(

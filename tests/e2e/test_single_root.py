@@ -1,0 +1,353 @@
+"""One exported folder opens in diffusers, optimum, OpenVINO GenAI and our runtimes, and gives the same picture."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgedistill.bundle import Bundle
+from edgedistill.errors import BundleError, ConfigError
+from edgedistill.files import read_json
+from edgedistill.models.source import open_source
+from edgedistill.noise import noise_bank
+from edgedistill.pipeline import load
+from edgedistill.student import Student
+from edgedistill.text import Tokenizer
+from export.assemble import export_student
+from export.formats import ExportOptions
+from export.single_root import layout_for, resized
+
+pytestmark = [
+    # The loaders' own: torch.jit where optimum is imported, "\." in a pattern of optimum-intel, a tokenizer's regular
+    # expression and its files that are left open in openvino-tokenizers, SWIG's types in openvino-genai.
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning"),
+]
+SINGLE_ROOT = "single-root"
+PROMPT = "a cat and a dog"
+STEPS = (1, 2, 4, 8)
+DDIM = {
+    "_class_name": "DDIMScheduler",
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "timestep_spacing": "trailing",
+}
+# By the kind of the pipeline: its folder, its scheduler (None: its own), how it is guided, in how many steps.
+KINDS: dict[str, tuple[str, dict | None, float | None, Sequence[int]]] = {
+    "sd": ("sd", DDIM, None, STEPS),
+    "sd-cfg": ("sd", DDIM, 3.0, (2, 4)),
+    "lcm": ("lcm", None, 4.5, (1, 2, 4)),
+    "sdxl-cfg": ("sdxl", DDIM, 3.0, (2,)),
+}
+LATENTS, GREY = 1e-4, 1 / 255 + 1e-4  # OpenVINO GenAI cuts off where others round
+
+
+def student_of(pipelines: Path, kind: str) -> Student:
+    """Open a pipeline with one sampler per number of steps, the first of them the default."""
+    folder, scheduler, scale, steps = KINDS[kind]
+    made = [
+        open_source(pipelines / folder, num_steps=count, guidance_scale=scale, scheduler=scheduler)
+        for count in steps
+    ]
+    further = {f"steps{count}": one.table for count, one in zip(steps, made, strict=True)}
+    return dataclasses.replace(made[0], further=further)
+
+
+class Exported:
+    """A single root, and how its kind is called."""
+
+    def __init__(self, kind: str, bundle: Bundle) -> None:
+        self.bundle, self.root = bundle, bundle.root
+        _, _, self.scale, self.steps = KINDS[kind]
+
+    def noise(self, steps: int) -> list[np.ndarray]:
+        return noise_bank(self.bundle.samplers[f"steps{steps}"], [5])
+
+    def ours(self, runtime: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the last latents, and the picture in [0, 1] with its channels last."""
+        states = []
+        made = load(self.bundle, runtime)(
+            prompt=PROMPT,
+            sampler=f"steps{steps}",
+            noise=self.noise(steps),
+            observe=lambda trace: states.append(trace.next),
+        )
+        return states[-1], made.array.transpose(0, 2, 3, 1) / 2 + 0.5
+
+    def theirs(self, pipe: Any, steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+        """Call a pipeline of diffusers' kind with our noise, twice: for latents and for the picture."""
+        first, *fresh = (torch.from_numpy(array) for array in self.noise(steps))
+        pipe.set_progress_bar_config(disable=True)
+        made = []
+        for kind in ("latent", "np"):
+            left = iter(fresh)
+            monkeypatch.setattr(
+                "diffusers.schedulers.scheduling_lcm.randn_tensor",
+                lambda *_, left=left, **__: next(left),
+            )
+            found = pipe(
+                PROMPT,
+                latents=first.clone(),
+                num_inference_steps=steps,
+                guidance_scale=self.scale or 1.0,
+                output_type=kind,
+            )
+            made.append(np.asarray(found.images))
+        return made[0], made[1]
+
+
+@pytest.fixture(scope="module")
+def exports(tiny_pipelines, tmp_path_factory) -> Callable[[str], Exported]:
+    """Export a kind of pipeline as ONNX and OpenVINO, once."""
+    held: dict[str, Exported] = {}
+    place = tmp_path_factory.mktemp("roots")
+
+    def export(kind: str) -> Exported:
+        if kind not in held:
+            options = ExportOptions(layout=SINGLE_ROOT)
+            student = student_of(tiny_pipelines, kind)
+            made = export_student(student, place / kind, ["onnx", "openvino"], options)
+            held[kind] = Exported(kind, made)
+        return held[kind]
+
+    return export
+
+
+def open_diffusers(root: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(root)
+
+
+def open_ort(root: Path) -> Any:
+    optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the extra `interop`")
+    return optimum.ORTDiffusionPipeline.from_pretrained(root)
+
+
+def open_ov(root: Path) -> Any:
+    optimum = pytest.importorskip("optimum.intel", reason="needs the extra `interop`")
+    f32 = {"INFERENCE_PRECISION_HINT": "f32"}
+    return optimum.OVDiffusionPipeline.from_pretrained(root, ov_config=f32)
+
+
+LOADERS = {"diffusers": open_diffusers, "optimum-onnx": open_ort, "optimum-intel": open_ov}
+CLASSES = {
+    "sd": "StableDiffusionPipeline",
+    "sd-cfg": "StableDiffusionPipeline",
+    "lcm": "LatentConsistencyModelPipeline",
+    "sdxl-cfg": "StableDiffusionXLPipeline",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_loaders_make_our_latents_and_our_picture(
+    exports, kind: str, loader: str, monkeypatch
+) -> None:
+    exported = exports(kind)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    pipe = LOADERS[loader](exported.root)
+    assert type(pipe).__name__.removeprefix("ORT").removeprefix("OV") == CLASSES[kind]
+    for steps in exported.steps:
+        latents, picture = exported.theirs(pipe, steps, monkeypatch)
+        own_latents, own_picture = exported.ours("torch", steps)
+        np.testing.assert_allclose(latents, own_latents, atol=LATENTS)
+        np.testing.assert_allclose(picture, own_picture.clip(0, 1), atol=LATENTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_openvino_genai_makes_our_picture(exports, kind: str) -> None:
+    genai = pytest.importorskip("openvino_genai", reason="needs openvino-genai")
+    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
+    import openvino as ov
+
+    exported = exports(kind)
+    pipe = genai.Text2ImagePipeline(exported.root, "CPU", INFERENCE_PRECISION_HINT="f32")
+
+    class Given(genai.Generator):
+        def __init__(self, noise: list[np.ndarray]) -> None:
+            super().__init__()
+            self.left = iter(noise)
+
+        def randn_tensor(self, shape: Any) -> Any:
+            # It draws once more behind the last step of an LCM, and leaves it.
+            return ov.Tensor(next(self.left, np.zeros(list(shape), np.float32)).copy())
+
+    for steps in exported.steps:
+        settings = {"guidance_scale": exported.scale or 1.0, "num_inference_steps": steps}
+        noise = exported.noise(steps)
+        made = pipe.generate(PROMPT, generator=Given(noise), height=16, width=16, **settings)
+        picture = np.array(made.data) / np.float32(255)
+        np.testing.assert_allclose(picture, exported.ours("torch", steps)[1].clip(0, 1), atol=GREY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_our_runtimes_speak_the_dialects_of_loaders(exports, kind: str, runtime: str) -> None:
+    exported = exports(kind)
+    for steps in exported.steps:
+        for own, reference in zip(
+            exported.ours(runtime, steps), exported.ours("torch", steps), strict=True
+        ):
+            np.testing.assert_allclose(own, reference, atol=LATENTS)
+
+
+@pytest.mark.slow
+def test_without_guidance_our_onnx_runner_leaves_its_inputs_alone(exports) -> None:
+    """optimum-onnx writes the prediction over the latents where nothing copied them in between (IO binding)."""
+    exported = exports("sd")
+    network = load(exported.bundle, "onnxruntime").networks["unet"]
+    state = exported.noise(4)[0]
+    given = {
+        "sample": state.copy(),
+        "timestep": 999.0,
+        "encoder_hidden_states": np.zeros((1, 77, 16), np.float32),
+    }
+    first = network(given)["out_sample"]
+    kept = first.copy()
+    network({**given, "timestep": 0.0})
+    np.testing.assert_array_equal(given["sample"], state)
+    np.testing.assert_array_equal(first, kept)
+    assert not np.shares_memory(first, given["sample"])
+
+
+@pytest.fixture(scope="module")
+def onnx_root(tiny_pipelines, tmp_path_factory) -> Bundle:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    target = tmp_path_factory.mktemp("root") / "sd"
+    return export_student(student, target, ["onnx"], ExportOptions(layout=SINGLE_ROOT))
+
+
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+def test_files_lie_where_loaders_look(onnx_root: Bundle) -> None:
+    root = onnx_root.root
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    expected = {f"{name}/{file}" for name in NETWORKS for file in ("config.json", "model.onnx")}
+    expected |= {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")}
+    expected |= {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert expected <= files
+    torch_files = onnx_root.artifacts["torch-float32"].networks
+    assert {name: file.path for name, file in torch_files.items()} == {
+        "text_encoder": "text_encoder",
+        "unet": "unet",
+        "vae_decoder": "vae",
+        "vae_encoder": "vae",
+    }
+
+
+def test_the_index_names_stock_classes_only(onnx_root: Bundle) -> None:
+    index = read_json(onnx_root.root / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    entries = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list)}
+    assert entries == {
+        "feature_extractor": (None, None),
+        "image_encoder": (None, None),
+        "safety_checker": (None, None),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+
+
+def test_another_format_joins_and_another_precision_is_refused(
+    onnx_root: Bundle, tiny_pipelines, tmp_path
+) -> None:
+    import shutil
+
+    target = shutil.copytree(onnx_root.root, tmp_path / "root")
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    half = ExportOptions(layout=SINGLE_ROOT, dtype="float16")
+    both = export_student(student, target, ["openvino"], half)
+    assert sorted(both.artifacts) == ["onnx-float32", "openvino-float16", "torch-float32"]
+    assert (target / "unet/model.onnx").read_bytes() == onnx_root.path(
+        "unet/model.onnx"
+    ).read_bytes()
+    assert layout_for(student, target, None) == SINGLE_ROOT
+    with pytest.raises(BundleError, match="holds openvino in float16, and loaders look for one"):
+        export_student(student, target, ["openvino"], ExportOptions(layout=SINGLE_ROOT))
+    with pytest.raises(BundleError, match="where a path itself holds `text_encoder`"):
+        export_student(
+            student, tmp_path / "text_encoder_1", ["onnx"], ExportOptions(layout=SINGLE_ROOT)
+        )
+
+
+def test_pixel_students_stay_bundles(student, tmp_path) -> None:
+    assert layout_for(student, tmp_path, None) == "bundle"
+    with pytest.raises(ConfigError, match="loaders know stock pipelines of unet, text_encoder"):
+        layout_for(student, tmp_path, SINGLE_ROOT)
+
+
+def test_words_are_made_of_a_single_file(onnx_root: Bundle, tiny_pipelines, tmp_path) -> None:
+    from transformers import CLIPTokenizer
+
+    import export.loader_files as files
+
+    source = tiny_pipelines / "sd" / "tokenizer"
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(
+        (source / "tokenizer.json").read_bytes()
+    )
+    files._derive_words(tmp_path / "tokenizer")
+    made = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", model_max_length=77)
+    prompts = [PROMPT, "", "a bowl of fruit, 3 ships!"]
+    theirs = made(prompts, padding="max_length", truncation=True, return_tensors="np").input_ids
+    ours = Tokenizer.open(onnx_root.root / "tokenizer").encode(prompts, 77)
+    np.testing.assert_array_equal(theirs, ours)
+    whole = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
+    whole["model"]["type"] = "WordLevel"
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(BundleError, match=r"loaders read CLIP's tokenizers, and this is another"):
+        files._derive_words(tmp_path / "tokenizer")
+
+
+def test_the_openvino_tokenizer_reads_as_ours(onnx_root: Bundle, tmp_path) -> None:
+    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
+    import shutil
+
+    import openvino as ov
+
+    import export.loader_files as files
+
+    folder = shutil.copytree(onnx_root.root / "tokenizer", tmp_path / "tokenizer")
+    files._write_openvino_tokenizer(folder)
+    compiled = ov.Core().compile_model(folder / "openvino_tokenizer.xml", "CPU")
+    for prompt in (PROMPT, "", "a bowl of fruit, 3 ships!"):
+        ids = compiled([prompt])["input_ids"][0]
+        np.testing.assert_array_equal(
+            ids, Tokenizer.open(folder).encode([prompt], 77)[0][: len(ids)]
+        )
+
+
+def test_another_size_is_another_signature(tiny_pipelines) -> None:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    tall = resized(student, 32, None)
+    assert tall.table.stages[0].shape == (4, 16, 8)
+    assert tall.signatures["unet"].inputs[0].shape == ("batch", 4, 16, 8)
+    assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
+    with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
+        resized(student, 30, None)
