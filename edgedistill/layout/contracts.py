@@ -141,13 +141,13 @@ _SWIFT_CONVERTS = (
 )
 TOLERATED = (
     # A pipeline that is float16 as a whole runs, on some devices.
-    Tolerance("ort", "dtype", _F16, level="warning"),
+    Tolerance("ort", "precision", _F16, level="warning"),
     # It costs an unsqueeze and a line in the log at every step.
     Tolerance("ort", "rank", "rank 1", ("timestep",), "warning"),
     Tolerance("genai", "dtype", "int32", ("input_ids",)),
     # Swift makes Float32 arrays, and Float32 of what it is given; Apple's converter declares float16.
-    Tolerance("swift", "dtype", _F32, _SWIFT_SENDS),
-    Tolerance("swift", "dtype", _F16, _SWIFT_CONVERTS),
+    Tolerance("swift", "precision", _F32, _SWIFT_SENDS),
+    Tolerance("swift", "precision", _F16, _SWIFT_CONVERTS),
 )
 
 

@@ -115,7 +115,10 @@ class Folder:
         if format_ != "coreml":
             yield from ((name, f"{name}/{FILES[format_]}") for name in self.networks)
             return
-        yield from ((name, self.package(name)) for name in self.networks)
+        in_chunks = not self.has(self.package("unet")) and self.has(self.package("unet_chunk1"))
+        for name in self.networks:
+            if name != "unet" or not in_chunks:
+                yield name, self.package(name)
         if self.has(self.package("safety_checker")):
             yield "safety_checker", self.package("safety_checker")
 

@@ -10,7 +10,13 @@ from .graphs import Graph, Tensor
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One difference: `what` is ``missing``, ``unknown``, ``order``, ``dtype``, ``rank`` or ``size``."""
+    """One difference.
+
+    Fields:
+        what: ``missing``, ``unknown``, ``order``, ``dtype``, ``precision`` (both are floats), ``rank``, ``size``.
+        tensor: The tensor's name.
+        expected, found: In words.
+    """
 
     what: str
     tensor: str
@@ -59,7 +65,9 @@ def _tensor(
 ) -> Iterator[Mismatch]:
     what = f"{side} `{spec.name}`"
     if found.dtype != spec.dtype:
-        yield Mismatch("dtype", spec.name, f"{what} of {spec.dtype}", found.dtype)
+        floats = spec.dtype.startswith("float") and found.dtype.startswith("float")
+        kind = "precision" if floats else "dtype"
+        yield Mismatch(kind, spec.name, f"{what} of {spec.dtype}", found.dtype)
     if found.shape is None:
         return
     shape = f"{what} of shape {_text(spec.shape)}"

@@ -107,9 +107,9 @@ def io_binding(folder: Folder, _: str) -> Iterator[Finding]:
     if folder.guidance in ("none", "baked", "embedded") and in_place:
         yield Finding(
             INDEX,
-            f"a caller that sets use_io_binding=False (a {folder.pipeline} with {name} without guidance)",
-            "no way to say so in the folder",
-            "tell users: with IO binding, the default on CUDA, the pictures are garbage",
+            f"IO binding turned off for a {folder.pipeline} with {name} and no guidance",
+            "a loader that turns it on with CUDA, and then gives garbage",
+            "call it with use_io_binding=False, or use edgedistill's own pipeline",
             "warning",
         )
 
