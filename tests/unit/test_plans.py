@@ -15,7 +15,7 @@ from edgedistill.plans import Plan, portable, swift
 from edgedistill.rows import analytic_row, ddim_row
 from edgedistill.schedule import Schedule
 from edgedistill.stock import LOADERS, genai_timesteps, objections, swift_spacing
-from edgedistill.table import Blend, Condition, SamplerTable
+from edgedistill.table import Blend, Condition, Next, SamplerTable
 from edgedistill.validate import validate
 
 # diffusers hands torch tensors to numpy 2 in a way that torch does not know yet.
@@ -166,6 +166,18 @@ def test_a_table_that_is_not_the_files_is_found() -> None:
     assert reason == "it takes 2 steps, and the table has 4"
     noisy = compile_scheduler({**DDIM, "timestep_spacing": "trailing"}, 4, shape=SHAPE, eta=1.0)
     assert "share of" in objections({**DDIM, "timestep_spacing": "trailing"}, 4, noisy)["ort"][0]
+
+
+def test_a_step_may_be_split_up_in_any_way() -> None:
+    made = portable(PNDM, 2, shape=SHAPE).table
+    (stage,) = made.stages
+    rows = []
+    for row in stage.rows:
+        (a_z, a_r), after = row.x0, row.next
+        split = Next(z=after.z + after.x0 * a_z, raw=after.x0 * a_r)
+        rows.append(replace(row, next=split))
+    other = replace(made, stages=(replace(stage, rows=tuple(rows)),))
+    assert objections(portable(PNDM, 2, shape=SHAPE).scheduler, 2, other)["genai"] == ()
 
 
 def test_what_no_stock_pipeline_does_is_told_of_every_loader() -> None:

@@ -145,7 +145,7 @@ public struct SamplerTable: Decodable {
     ///   - noise: `noise_count` tensors.
     ///   - conditions: Network inputs by name; tokens of a text as `input_ids`; what stands for no text under
     ///     `null.` and the name.
-    ///   - guidanceScale: For guidance that is a network input; nil: the table's default.
+    ///   - guidanceScale: In the range of the table's guidance; nil: its default.
     ///   - network: Calls a network.
     ///   - observe: Called after each row with its index and the state.
     public func run(
@@ -171,7 +171,7 @@ public struct SamplerTable: Decodable {
             z = try enter(stage, z, noise, &inputs)
             var history: [Tensor] = []
             for row in stage.rows {
-                let (after, x0) = try step(row, z, noise, inputs, history, called)
+                let (after, x0) = try step(row, z, noise, inputs, history, guidanceScale, called)
                 z = after
                 history.insert(x0, at: 0)
                 observe(index, z)
@@ -216,15 +216,11 @@ public struct SamplerTable: Decodable {
                 }
             }
         }
-        if let input = guidance.input {
-            let scale = guidanceScale ?? guidance.default
-            guard scale >= guidance.range[0] && scale <= guidance.range[1] else {
-                throw SamplerError.outOfRange("guidance scale \(scale), trained for \(guidance.range)")
-            }
-            given[input] = Tensor([1], [Float(scale - 1)])
-        } else if let scale = guidanceScale, scale != guidance.default {
-            throw SamplerError.outOfRange("guidance scale \(scale): \(guidance.default) is fixed")
+        let scale = guidanceScale ?? guidance.default
+        guard scale >= guidance.range[0] && scale <= guidance.range[1] else {
+            throw SamplerError.outOfRange("guidance scale \(scale), made for \(guidance.range)")
         }
+        if let input = guidance.input { given[input] = Tensor([1], [Float(scale - 1)]) }
         return given
     }
 
@@ -295,12 +291,12 @@ public struct SamplerTable: Decodable {
     /// Return the state after a row, and its estimate of x (the state itself where no network is called).
     private func step(
         _ row: Row, _ z: Tensor, _ noise: [Tensor], _ given: [String: Tensor], _ history: [Tensor],
-        _ network: Network
+        _ guidanceScale: Double?, _ network: Network
     ) throws -> (Tensor, Tensor) {
         var x0 = z
         var terms = [(row.next.z, z)]
         if !row.call.isEmpty {
-            let raw = try predict(row, z, given, network)
+            let raw = try predict(row, z, given, guidanceScale, network)
             x0 = Tensor.sum([(row.x0[0], z), (row.x0[1], raw)])
             if let clip = row.clip { x0 = x0.clamped(clip) }
             terms += [(row.next.x0, x0), (row.next.raw, raw)]
@@ -323,12 +319,12 @@ public struct SamplerTable: Decodable {
     }
 
     private func predict(
-        _ row: Row, _ z: Tensor, _ given: [String: Tensor], _ network: Network
+        _ row: Row, _ z: Tensor, _ given: [String: Tensor], _ guidanceScale: Double?, _ network: Network
     ) throws -> Tensor {
         var inputs = given
         inputs[state_input] = Tensor.sum([(row.in_scale, z)])
         let conditional = try call(row, inputs, network)
-        guard let scale = row.guidance_scale else { return conditional }
+        guard let tableScale = row.guidance_scale else { return conditional }
         for (name, value) in inputs where name.hasPrefix("null.") {
             inputs[String(name.dropFirst("null.".count))] = value
         }
@@ -342,7 +338,7 @@ public struct SamplerTable: Decodable {
         }
         let unconditional = try call(row, inputs, network)
         let difference = Tensor.sum([(1, conditional), (-1, unconditional)])
-        return Tensor.sum([(1, unconditional), (scale, difference)])
+        return Tensor.sum([(1, unconditional), (guidanceScale ?? tableScale, difference)])
     }
 
     /// Call a row's networks in order, outputs of one feeding the next.
