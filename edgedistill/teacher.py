@@ -1,5 +1,6 @@
 """The teacher: a frozen network with the scheduler, text encoder and autoencoder it was trained with."""
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _ASSETS = Path(str(resources.files("edgedistill"))) / "assets"
 PACKAGED = {name: _ASSETS / f"{name}_teacher" for name in ("digits", "captioned_digits")}
+_TOKENIZERS = {"text_encoder": text.FILE, "text_encoder_2": "tokenizer_2.json"}
+_DECODER, _ENCODER = "vae_decoder", "vae_encoder"
 ARCHITECTURES = _ASSETS / "architectures"
 
 
@@ -209,19 +212,53 @@ class Teacher:
         half = VaeDecoder(self.vae, self.shape[1:])
         return run_batches(half, states / self.space["scale"] + self.space["shift"])["sample"]
 
-    def save_text_parts(self, folder: Path) -> dict[str, Signature]:
-        """Write what a student needs to read prompts as this teacher does: text encoder and tokenizer.
+    def save_parts(self, folder: Path) -> tuple[dict[str, Signature], dict[str, str]]:
+        """Write what a student needs beside its network: text encoders, their tokenizers, the autoencoder.
 
         Returns:
-            The signatures of the networks written, by name; empty where the teacher reads no text.
+            The signatures of the networks written, by name, and the subfolders of those that do not lie in
+            one of their own name.
         """
-        if self.text_encoder is None or self.tokenizer is None:
-            return {}
         from edgedistill.models import store
 
-        store.save(self.text_encoder, folder / "text_encoder")
-        self.tokenizer.save(folder / text.FILE)
-        return {"text_encoder": store.signature(self.text_encoder)}
+        signatures, folders = {}, {}
+        if self.text_encoder is not None and self.tokenizer is not None:
+            for name, (encoder, tokenizer) in self.text_encoder.readers(self.tokenizer).items():
+                store.save(encoder, folder / name)
+                tokenizer.save(folder / _TOKENIZERS[name])
+                signatures[name] = encoder.signature
+        if self.vae is not None:
+            from edgedistill.models.vae import VaeDecoder, VaeEncoder
+
+            store.save(self.vae, folder / "vae")
+            for name, half in ((_DECODER, VaeDecoder), (_ENCODER, VaeEncoder)):
+                signatures[name] = half(self.vae, self.shape[1:]).signature
+                folders[name] = "vae"
+        return signatures, folders
+
+    def complete(self, table: SamplerTable) -> SamplerTable:
+        """Return a table over this teacher's states as that of a student with what `save_parts` writes.
+
+        Its latents are decoded, and prompts are read by every text encoder for itself.
+        """
+        if self.vae is not None:
+            table = dataclasses.replace(
+                table, decoder=_DECODER, encoder=_ENCODER, clamp=(-1.0, 1.0)
+            )
+        if self.text_encoder is None or not (further := self.text_encoder.further):
+            return table
+        conditions = tuple(
+            dataclasses.replace(item, further={name: _TOKENIZERS[name] for name in further})
+            if item.kind == "text"
+            else item
+            for item in table.conditions
+        )
+        nothing = self.text_encoder.nothing
+        null = {
+            name: nothing if value == "" else value for name, value in table.guidance.null.items()
+        }
+        guidance = dataclasses.replace(table.guidance, null=null)
+        return dataclasses.replace(table, conditions=conditions, guidance=guidance)
 
     @classmethod
     def open(cls, name: str | Path, *, null_class: bool = True) -> "Teacher":

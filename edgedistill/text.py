@@ -92,6 +92,12 @@ class Tokenizer:
         """The token that fills short prompts."""
         return int(self._inner.padding["pad_id"])
 
+    def padded_with(self, number: int) -> "Tokenizer":
+        """Return the same tokenizer with another token that fills short prompts."""
+        inner = _library().Tokenizer.from_str(self._inner.to_str())
+        inner.enable_padding(pad_id=number, pad_token=inner.id_to_token(number))
+        return Tokenizer(inner)
+
     def reads_like(self, other: "Tokenizer") -> bool:
         """Whether both make the same tokens of a prompt, padding aside."""
         mine, theirs = (json.loads(item._inner.to_str()) for item in (self, other))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from edgedistill.data.controls import CHANCES, Task, control_error, controls_of, impose
 from edgedistill.evaluation.report import Evaluator
-from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.run import sample_torch
+from edgedistill.models.source import open_network
 from edgedistill.noise import noise_bank
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
@@ -97,7 +97,7 @@ def follow_student(
         free: Leave out what the table puts back of the known pixels.
     """
     table = _free(student.table) if free else student.table
-    modules = {name: store.load(student.folder(name)) for name in student.signatures}
+    modules = {name: open_network(student, name) for name in table.networks}
     conditions: dict[str, Any] = dict(given.controls)
     if table.condition("class") is not None:
         conditions["class_labels"] = given.labels

@@ -9,8 +9,8 @@ import numpy as np
 
 from edgedistill.evaluation.baselines import Baselines
 from edgedistill.evaluation.report import Evaluator, QualityReport
-from edgedistill.models import store
 from edgedistill.models.run import sample_torch
+from edgedistill.models.source import open_network
 from edgedistill.student import Student
 from edgedistill.tables import DEFAULT, choose
 
@@ -115,7 +115,7 @@ def measure(
         ConfigError: If the student has no such table.
     """
     settings, table = baselines.settings, choose(student.samplers, sampler)
-    modules = {name: store.load(student.folder(name)) for name in table.networks}
+    modules = {name: open_network(student, name) for name in table.networks}
     embedded = table.guidance.mode == "embedded"
     labels = evaluator.labels(table.conditions, settings.count)
     samples = sample_torch(

@@ -97,6 +97,15 @@ def open_source(
     )
 
 
+def open_network(student: Student, name: str) -> nn.Module:
+    """Load a network of a student as its manifest says that it is called.
+
+    Raises:
+        BundleError: As `edgedistill.models.store.load`.
+    """
+    return store.load_as(student.folder(name), student.signatures[name])
+
+
 @dataclass(frozen=True, eq=False)
 class _Sketch:
     """A pipeline's networks without their weights.

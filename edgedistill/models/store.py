@@ -39,12 +39,6 @@ def _text_encoder(config: dict[str, Any]) -> nn.Module:
     return build_text_encoder(config)
 
 
-def _text_pair(config: dict[str, Any]) -> nn.Module:
-    from edgedistill.models.text_pair import build_text_pair
-
-    return build_text_pair(config)
-
-
 def _autoencoder(config: dict[str, Any]) -> nn.Module:
     from edgedistill.models.vae import build_autoencoder
 
@@ -81,7 +75,6 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "DiTTransformer2DModel": _transformer,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
-    "TextEncoderPair": _text_pair,
     "AutoencoderKL": _autoencoder,
     "AutoencoderTiny": _autoencoder,
     "VaeEncoder": _half_autoencoder,

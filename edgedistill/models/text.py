@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
+from edgedistill.text import Tokenizer
 
 # Far below every score, and finite in half precision, where minus infinity breaks palettes and products.
 _MASKED = -1e4
@@ -47,6 +48,20 @@ class TextEncoder(nn.Module):
     def length(self) -> int:
         """Tokens of every prompt, start, end and padding included."""
         return int(self.config["max_position_embeddings"])
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the encoders that read the same prompts."""
+        return ()
+
+    @property
+    def nothing(self) -> str | float:
+        """What stands for no prompt: a prompt, or what its embeddings are filled with."""
+        return ""
+
+    def readers(self, tokenizer: Tokenizer) -> dict[str, tuple["TextEncoder", Tokenizer]]:
+        """Return each encoder by the name of its part in a pipeline, with its tokenizer."""
+        return {"text_encoder": (self, tokenizer)}
 
     @property
     def vocabulary_size(self) -> int:

@@ -1,13 +1,13 @@
 """Two text encoders that read one prompt, as those of Stable Diffusion XL, as one network."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from edgedistill.contract import Signature
-from edgedistill.models.text import TextEncoder, build_text_encoder, prompt_signature
+from edgedistill.models.text import TextEncoder, prompt_signature
+from edgedistill.text import Tokenizer
+
+_SECOND = "text_encoder_2"
 
 
 class TextEncoderPair(nn.Module):
@@ -24,26 +24,35 @@ class TextEncoderPair(nn.Module):
             trained without prompts.
     """
 
-    weights_file = "model.safetensors"
-
     def __init__(
         self, first: TextEncoder, second: TextEncoder, padding: int, *, zero_empty: bool
     ) -> None:
         super().__init__()
         self.first = first
         self.second = second
-        self.config: dict[str, Any] = {
-            "_class_name": type(self).__name__,
-            "first": first.config,
-            "second": second.config,
-            "padding": padding,
-            "zero_empty": zero_empty,
-        }
+        self.padding = padding
+        self.zero_empty = zero_empty
+        first.in_pair = second.in_pair = True
 
     @property
     def length(self) -> int:
         """Tokens of every prompt, start, end and padding included."""
         return self.first.length
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the encoders that read the same prompts."""
+        return (_SECOND,)
+
+    @property
+    def nothing(self) -> str | float:
+        """What stands for no prompt: a prompt, or what its embeddings are filled with."""
+        return 0.0 if self.zero_empty else ""
+
+    def readers(self, tokenizer: Tokenizer) -> dict[str, tuple[TextEncoder, Tokenizer]]:
+        """Return each encoder by the name of its part in a pipeline, with its tokenizer."""
+        second = tokenizer.padded_with(self.padding)
+        return {"text_encoder": (self.first, tokenizer), _SECOND: (self.second, second)}
 
     @property
     def vocabulary_size(self) -> int:
@@ -69,18 +78,12 @@ class TextEncoderPair(nn.Module):
         ends = self.first.ends(input_ids)
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         behind = places[None] > ends[:, None]
-        filled = torch.where(behind, input_ids.new_tensor(self.config["padding"]), input_ids)
+        filled = torch.where(behind, input_ids.new_tensor(self.padding), input_ids)
         layers = self.second.layers(filled)
         hidden = torch.cat([self.first.layers(input_ids)[-2], layers[-2]], dim=2)
         pooled = self.second.pooled(layers[-1], ends)
-        if self.config["zero_empty"]:
+        if self.zero_empty:
             # The end of an empty prompt follows its start.
             words = (ends > 1).to(hidden.dtype)
             hidden, pooled = hidden * words[:, None, None], pooled * words[:, None]
         return hidden, pooled
-
-
-def build_text_pair(config: Mapping[str, Any]) -> TextEncoderPair:
-    """Build an untrained pair from a configuration."""
-    first, second = (build_text_encoder(config[name]) for name in ("first", "second"))
-    return TextEncoderPair(first, second, config["padding"], zero_empty=config["zero_empty"])

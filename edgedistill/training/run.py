@@ -177,9 +177,7 @@ def _write_student(
                 network.load_state_dict(merged(trained, state) if has_updates(trained) else state)
                 store.save(network, aside / name)
                 parameters[name] = sum(value.numel() for value in network.parameters())
-        signatures |= prepared.teacher.save_text_parts(aside)
-        if prepared.teacher.vae is not None:
-            store.save(prepared.teacher.vae, aside / "vae")
+        further, folders = prepared.teacher.save_parts(aside)
         scheduler = student_scheduler(prepared.recipe, prepared.teacher)
         write_json(aside / "scheduler" / "scheduler_config.json", scheduler)
         if emission.examples:
@@ -187,11 +185,11 @@ def _write_student(
         Student(
             aside,
             f"{prepared.recipe.name}-{emission.name}",
-            emission.table,
-            signatures,
+            prepared.teacher.complete(emission.table),
+            {**signatures, **further},
             {**_provenance(prepared), "parameters": parameters},
-            emission.samplers,
-            emission.folders,
+            {k: prepared.teacher.complete(v) for k, v in emission.samplers.items()},
+            {**emission.folders, **folders},
         ).write_manifest()
 
 

@@ -19,7 +19,10 @@ from edgedistill.errors import BundleError, ContractError
 from edgedistill.models import store
 from edgedistill.models.extend import extend
 from edgedistill.models.inputs import Inputs
+from edgedistill.models.run import sample_torch
+from edgedistill.models.source import open_network
 from edgedistill.noise import noise_bank
+from edgedistill.student import Student
 from edgedistill.teacher import Teacher
 
 # diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
@@ -98,14 +101,24 @@ def test_what_it_takes(teacher: Teacher) -> None:
         teacher.sample(teacher.table(1), 2, time_ids=[1, 2, 3, 4])
 
 
-def test_the_pair_is_read_back_as_one_network(teacher: Teacher, tmp_path: Path) -> None:
-    written = teacher.save_text_parts(tmp_path)["text_encoder"]
-    pair = store.load(tmp_path / "text_encoder")
-    assert store.signature(pair) == written
-    tokens = teacher.tokenizer.encode([*PROMPTS, ""], pair.length)
-    made, expected = (net(torch.from_numpy(tokens)) for net in (pair, teacher.text_encoder))
-    for a, b in zip(made, expected, strict=True):
-        assert torch.equal(a, b)
+def test_its_parts_are_written_as_loaders_know_them(teacher: Teacher, tmp_path: Path) -> None:
+    signatures, folders = teacher.save_parts(tmp_path)
+    table = teacher.complete(teacher.table(3, guidance_scale=4.0))
+    store.save(teacher.network, tmp_path / "unet")
+    signatures["unet"] = teacher.signature
+    student = Student(tmp_path, "parts", table, signatures, folders=folders)
+    assert set(table.networks) | {table.encoder} == set(signatures)
+    noise = noise_bank(table, range(2))
+    asked = {"noise": noise, "encoder_hidden_states": PROMPTS}
+    made = sample_torch(
+        {name: open_network(student, name) for name in table.networks},
+        table,
+        2,
+        tokenize=student.tokenize,
+        **asked,
+    )
+    expected = teacher.sample(teacher.table(3, guidance_scale=4.0), 2, **asked)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
 
 
 def test_further_inputs_leave_it_as_it_is_until_they_are_trained(teacher: Teacher) -> None:

@@ -164,7 +164,7 @@ def test_it_is_measured_by_what_its_examples_say(teacher: Teacher) -> None:
 def test_a_student_reads_prompts_as_it_does(teacher: Teacher, tmp_path: Path) -> None:
     table = teacher.table(2, guidance_scale=2.0)
     store.save(teacher.network, tmp_path / "unet")
-    signatures = {"unet": teacher.signature, **teacher.save_text_parts(tmp_path)}
+    signatures = {"unet": teacher.signature, **teacher.save_parts(tmp_path)[0]}
     Student(tmp_path, "reader", table, signatures).write_manifest()
     student = Student.open(tmp_path)
     modules = {name: store.load(student.folder(name)) for name in student.signatures}

@@ -24,7 +24,7 @@ def bundle(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Bundle
     """The guided teacher at 2 steps, which calls every network twice per step."""
     folder = tmp_path_factory.mktemp("reader")
     store.save(teacher.network, folder / "student" / "unet")
-    signatures = {"unet": teacher.signature, **teacher.save_text_parts(folder / "student")}
+    signatures = {"unet": teacher.signature, **teacher.save_parts(folder / "student")[0]}
     table = teacher.table(2, guidance_scale=2.0)
     Student(folder / "student", "reader", table, signatures).write_manifest()
     student = Student.open(folder / "student")
