@@ -27,6 +27,7 @@ _TOKENIZER_FILES = (
 )
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _HALVES = ("vae_decoder", "vae_encoder")
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
 _COMPILE = "compile_on_mac.sh"
 
 
@@ -41,8 +42,9 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
     Raises:
         BundleError: If the tokenizer is not CLIP's kind, or the table is none that a stock scheduler makes.
     """
-    pairs = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
-    tokenizers = [name for name, encoder in pairs.items() if encoder in student.signatures]
+    encoders = ("text_encoder", "text_encoder_2")
+    pairs = zip(_TOKENIZERS, encoders, strict=True)
+    tokenizers = [name for name, encoder in pairs if encoder in student.signatures]
     for name in tokenizers:
         _write_tokenizer(student, root / name)
         if "openvino" in formats:
@@ -118,8 +120,8 @@ def _write_tokenizer(student: Student, folder: Path) -> None:
             if (source / name).is_file():
                 shutil.copy2(source / name, folder / name)
     else:
-        (single,) = tokenizers_of(student.samplers)
-        shutil.copy2(student.root / single, folder / "tokenizer.json")
+        held = tokenizers_of(student.samplers)[_TOKENIZERS.index(folder.name)]
+        shutil.copy2(student.root / held, folder / "tokenizer.json")
     if not all((folder / name).is_file() for name in (_VOCABULARY, _MERGES)):
         _derive_words(folder)
     if not (folder / "tokenizer_config.json").is_file():
