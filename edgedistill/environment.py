@@ -5,60 +5,19 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 from edgedistill import __version__
 from edgedistill.arguments import add_command, add_json
+from edgedistill.known_bad import fits, installed, known_bad, notes
 from edgedistill.terminal import aligned
 
 _REQUIREMENT = re.compile(
     r"""^(?P<name>[\w.-]+)\s*(?P<bounds>[^;\[\]]*?)\s*(;.*extra\s*==\s*['"](?P<extra>[\w-]+)['"].*)?$"""
 )
-_BOUND = re.compile(r"(<=|>=|==|!=|<|>)\s*([\d.]+)")
-_COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
-    ">=": lambda a, b: a >= b,
-    "<=": lambda a, b: a <= b,
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-    "==": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-}
 _NOT_FOR_USE = ("all", "dev")
-
-
-@dataclass(frozen=True)
-class KnownBad:
-    """Two packages that install together and do not work together."""
-
-    package: str
-    bounds: str
-    other: str
-    other_bounds: str
-    what_happens: str
-    way_out: str
-
-
-KNOWN_BAD = (
-    KnownBad(
-        "coremltools",
-        "<=9.0",
-        "numpy",
-        ">=2.4",
-        "conversion to Core ML fails (apple/coremltools#2633)",
-        'pip install "numpy<2.4"',
-    ),
-    KnownBad(
-        "optimum-onnx",
-        "<=0.1.0",
-        "optimum-intel",
-        ">=2.0",
-        "they want different releases of optimum",
-        'pip install "optimum-intel<2" "optimum<2.2"',
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -109,50 +68,19 @@ def extras() -> dict[str, list[Requirement]]:
     return found
 
 
-def known_bad() -> list[str]:
-    """Return one sentence per pair of installed packages that do not work together."""
-    sentences = []
-    for pair in KNOWN_BAD:
-        first, second = _version(pair.package), _version(pair.other)
-        if first and second and fits(first, pair.bounds) and fits(second, pair.other_bounds):
-            sentences.append(
-                f"{pair.package} {first} with {pair.other} {second}: {pair.what_happens}; run: {pair.way_out}"
-            )
-    return sentences
-
-
-def fits(version: str, bounds: str) -> bool:
-    """Say whether a version lies within bounds such as ``">=1.26,<2.4"``; suffixes are not looked at."""
-    return all(
-        _COMPARE[sign](_padded(version), _padded(bound)) for sign, bound in _BOUND.findall(bounds)
-    )
-
-
-def _padded(version: str) -> tuple[int, ...]:
-    numbers = re.match(r"[\d.]*", version)
-    parts = [int(part) for part in numbers[0].split(".") if part] if numbers else []
-    return tuple((parts + [0] * 4)[:4])
-
-
 def _requirement(package: str, bounds: str) -> Requirement:
-    version = _version(package)
+    version = installed(package)
     if version is None:
         return Requirement(package, bounds, None, "missing")
     return Requirement(package, bounds, version, "ok" if fits(version, bounds) else "unsupported")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _run(options: argparse.Namespace) -> int:
     found, broken = extras(), known_bad()
     if options.json:
         listed = {extra: [asdict(item) for item in items] for extra, items in found.items()}
-        print(json.dumps({"versions": versions(), "extras": listed, "known_bad": broken}, indent=1))
+        told = {"extras": listed, "known_bad": broken, "notes": notes()}
+        print(json.dumps({"versions": versions(), **told}, indent=1))
         return int(bool(broken))
     print("\n".join(f"{name}: {value}" for name, value in list(versions().items())[:4]), end="\n\n")
     rows = [
@@ -165,6 +93,8 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{extra}: {_advice(extra, items)}")
     for sentence in broken:
         print(f"known to fail: {sentence}")
+    for sentence in notes():
+        print(f"note: {sentence}")
     return int(bool(broken))
 
 

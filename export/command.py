@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgedistill.arguments import add_command, add_json, add_target, positive, target_of
 from edgedistill.errors import ConfigError
+from edgedistill.known_bad import warn_known_bad
 
 from .formats import ALL, FORMATS, ExportOptions, jobs
 from .layouts import LAYOUTS
@@ -162,6 +163,7 @@ def _run(options: argparse.Namespace) -> int:
         free_sizes=options.dynamic,
     )
     jobs([options.format], settings)
+    warn_known_bad(options.extra.split(","))
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
 

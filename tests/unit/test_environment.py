@@ -5,7 +5,7 @@ from importlib import metadata
 
 import pytest
 
-from edgedistill import environment
+from edgedistill import environment, known_bad
 from edgedistill.cli import main
 
 
@@ -39,7 +39,7 @@ def installed(monkeypatch):
     ],
 )
 def test_bounds(version, bounds, expected):
-    assert environment.fits(version, bounds) is expected
+    assert known_bad.fits(version, bounds) is expected
 
 
 def test_extras_are_those_of_the_distribution():
@@ -65,7 +65,7 @@ def test_missing_and_unsupported_packages_are_told_apart(installed):
 
 def test_a_known_bad_pair_is_named_with_its_way_out_and_fails(installed, capsys):
     installed(coremltools="9.0", numpy="2.4.1")
-    (sentence,) = environment.known_bad()
+    (sentence,) = known_bad.known_bad()
     assert sentence == (
         "coremltools 9.0 with numpy 2.4.1: conversion to Core ML fails (apple/coremltools#2633); "
         'run: pip install "numpy<2.4"'
@@ -74,10 +74,65 @@ def test_a_known_bad_pair_is_named_with_its_way_out_and_fails(installed, capsys)
     assert f"known to fail: {sentence}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("numpy", ["2.3.5", "1.26.4"])
-def test_a_good_pair_is_not_named(installed, numpy):
-    installed(coremltools="9.0", numpy=numpy)
-    assert environment.known_bad() == []
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ({"coremltools": "9.0", "numpy": "2.4.0"}, {"numpy": "2.3.5"}),
+        ({"optimum-onnx": "0.1.0", "optimum-intel": "2.2.0"}, {"optimum-intel": "1.27.0"}),
+        ({"optimum-onnx": "0.1.0", "optimum": "2.3.0"}, {"optimum": "2.1.0"}),
+        ({"optimum-intel": "2.2.0", "optimum": "2.1.0"}, {"optimum": "2.3.1"}),
+        ({"optimum-onnx": "0.1.0", "transformers": "4.58.0"}, {"transformers": "4.57.6"}),
+        ({"optimum-intel": "1.27.0", "transformers": "5.0.0"}, {"transformers": "4.57.6"}),
+        ({"optimum-intel": "2.2.0", "transformers": "5.6.0"}, {"transformers": "5.5.0"}),
+        (
+            {"openvino-tokenizers": "2026.4.1.0", "openvino": "2026.3.0"},
+            {"openvino": "2026.4.2"},
+        ),
+        (
+            {"openvino-genai": "2026.4.1.0", "openvino-tokenizers": "2025.4.0.0"},
+            {"openvino-tokenizers": "2026.4.1.0"},
+        ),
+    ],
+)
+def test_each_bad_pair_is_known_and_its_good_neighbour_is_not(installed, bad, good):
+    first, second = bad
+    installed(**bad)
+    (sentence,) = known_bad.known_bad()
+    assert sentence.startswith(f"{first} {bad[first]} with {second} {bad[second]}: ")
+    assert "; run: pip install" in sentence
+    installed(**{**bad, **good})
+    assert known_bad.known_bad() == []
+
+
+def test_a_command_is_warned_of_the_pairs_that_it_uses(installed, capsys):
+    installed(coremltools="9.0", numpy="2.4.0")
+    known_bad.warn_known_bad(["onnx", "train"])
+    assert capsys.readouterr().err == ""
+    known_bad.warn_known_bad(["coreml", "train"])
+    assert capsys.readouterr().err.startswith("edgedistill: known to fail: coremltools 9.0 with")
+
+
+@pytest.mark.parametrize(
+    ("system", "xcrun", "expected"),
+    [
+        ("Linux", None, "Core ML itself compiles and runs them on a Mac alone"),
+        ("Darwin", None, "`xcrun coremlcompiler` is not there"),
+        ("Darwin", "/usr/bin/xcrun", None),
+    ],
+)
+def test_what_is_untested_or_misses_its_compiler_is_a_note(
+    installed, monkeypatch, capsys, system, xcrun, expected
+):
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("shutil.which", lambda _: xcrun)
+    installed(**{"coremltools": "9.0", "torch": "2.13.0", "scikit-learn": "1.5.1"})
+    untested, *compilers = known_bad.notes()
+    assert untested.startswith("coremltools 9.0 with torch 2.13.0: its makers tested up to")
+    assert [expected in sentence for sentence in compilers] == ([True] if expected else [])
+    assert main(["env"]) == 0
+    assert f"note: {untested}" in capsys.readouterr().out
+    installed(numpy="2.3.5")
+    assert known_bad.notes() == []
 
 
 def test_the_text_says_how_to_install_what_is_missing(installed, capsys):
