@@ -73,6 +73,11 @@ def _example(spec: TensorSpec, generator: torch.Generator) -> Tensor:
     return value.to(getattr(torch, spec.dtype))
 
 
+def free_axes(spec: TensorSpec) -> dict[int, str]:
+    """Return the axes of a tensor whose size is free, and their names."""
+    return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
 def check_against(frozen: Frozen, session: Session, floor: float, what: str) -> float:
     """Run a written graph once beside PyTorch.
 

@@ -4,25 +4,26 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from edgedistill import plugins
-from edgedistill.contract import Signature, TensorSpec
+from edgedistill.contract import Signature
 from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 
-from .frozen import Frozen, check_against, examples
+from .frozen import Frozen, check_against, examples, free_axes
+from .recording import record
+from .weights import save_graph
 
 OPSET = 17  # what every runtime of the last years reads
 DYNAMO_OPSET = 20  # the newer exporter writes no older one without converting
-EXTERNAL_ABOVE = 1_900_000_000  # bytes of weights; one protobuf file ends at 2 GiB
 _NOTES = ("doc_string", "metadata_props")
 
 
@@ -39,7 +40,7 @@ def write_onnx(
     Args:
         network: In eval mode, without gradients.
         signature: Declared names, dtypes and shapes; the batch is fixed or free.
-        path: The ``.onnx`` file to write; weights above 2 GB go to one ``.onnx_data`` beside it.
+        path: The ``.onnx`` file to write; large weights go to one ``.onnx_data`` beside it.
         opset: Version of the operator set; None: `OPSET`, or `DYNAMO_OPSET` with `dynamo`.
         dynamo: Use the newer exporter. It gives half the nodes and takes twenty times as long.
 
@@ -80,7 +81,7 @@ def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool =
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / path.name
         with _without_known_warnings():
-            (_export_dynamo if dynamo else _export_traced)(frozen, raw, opset)
+            weights = (_export_dynamo if dynamo else record)(frozen, raw, opset)
         model = onnx.load(raw)
     written = next(item.version for item in model.opset_import if not item.domain)
     if written != opset:
@@ -93,39 +94,17 @@ def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool =
         (graph.input, frozen.signature.inputs),
         (graph.output, frozen.signature.outputs),
     ):
-        for value, spec in zip(values, specs, strict=True):
+        for value, spec in zip(values, specs, strict=False):  # the weights follow
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
             value.CopyFrom(onnx.helper.make_tensor_value_info(spec.name, kind, spec.shape))
-    is_large = sum(len(item.raw_data) for item in graph.initializer) > EXTERNAL_ABOVE
-    external = {"save_as_external_data": True, "location": f"{path.name}_data"} if is_large else {}
-    onnx.save(model, path, **external)
+    save_graph(model, weights, path)
 
 
-def _export_traced(frozen: Frozen, path: Path, opset: int) -> None:
-    inputs, outputs = (
-        [spec.name for spec in side] for side in (frozen.signature.inputs, frozen.signature.outputs)
-    )
-    specs = (*frozen.signature.inputs, *frozen.signature.outputs)
-    torch.onnx.export(
-        frozen,
-        examples(frozen.signature),
-        path,
-        opset_version=opset,
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_axes={spec.name: free for spec in specs if (free := _free_axes(spec))},
-        dynamo=False,
-    )
-
-
-def _free_axes(spec: TensorSpec) -> dict[int, str]:
-    return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
-
-
-def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> None:
+def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> Mapping[str, Tensor]:
+    """Write the graph with its weights inside, so that none is left to add."""
     require("onnxscript", "onnx")
     inputs, outputs = frozen.signature.inputs, frozen.signature.outputs
-    free = [_free_axes(spec) for spec in inputs]
+    free = [free_axes(spec) for spec in inputs]
     sizes = {name: torch.export.Dim(name) for axes in free for name in axes.values()}
     shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in free)
     torch.onnx.export(
@@ -139,6 +118,7 @@ def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> None:
         dynamo=True,
         verbose=False,
     )
+    return {}
 
 
 def _strip(message: Any) -> None:
@@ -166,6 +146,8 @@ def _without_known_warnings() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*treespec", FutureWarning)
             # Size checks become constants of the graph, which they are.
             warnings.filterwarnings("ignore", category=TracerWarning)
+            # Padding on one side, of an autoencoder's encoder, reverses a list of numbers.
+            warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
             # All inputs share the one free axis on purpose.
             warnings.filterwarnings("ignore", "# The axis name: batch", UserWarning)
             yield
