@@ -1,5 +1,6 @@
 """A sampler that is one graph, noise and conditions in and finished samples out: its border, and how it is run."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
@@ -30,8 +31,8 @@ def generator_signature(
     Args:
         table: The sampler.
         signatures: Of each network that it calls, by name.
-        text_inside: Whether the text encoder belongs to the graph, which then takes tokens; else it takes
-            what the encoder makes of them.
+        text_inside: Whether the text encoders belong to the graph, which then takes tokens; else it takes
+            what they make of them.
 
     Returns:
         Inputs: the noise bank, then what the networks are given and neither the table nor another network
@@ -59,11 +60,13 @@ def _asked_for(
 ) -> Iterator[TensorSpec]:
     """Yield the inputs of networks that the caller gives."""
     text = table.condition("text")
-    encoder = signatures.get(text.encoder) if text and text.encoder else None
     made = {table.state_input, *(stage.carry_to for stage in table.stages)}
-    if text_inside and encoder is not None:
-        yield from encoder.inputs
-        made |= {spec.name for spec in encoder.outputs}
+    if text_inside and text is not None and text.encoders:
+        readers = [signatures[name] for name in text.encoders]
+        (tokens,) = readers[0].inputs
+        several = (len(readers),) if len(readers) > 1 else ()
+        yield dataclasses.replace(tokens, shape=(BATCH, *several, *tokens.shape[1:]))
+        made |= {spec.name for reader in readers for spec in reader.outputs}
     for row in table.rows:
         fed = made | set(row.feeds)
         for name in row.call:
@@ -81,7 +84,7 @@ def run_generator(
 
     Args:
         table: The sampler that was unrolled.
-        networks: `GENERATOR`, and the text encoder where it is not inside.
+        networks: `GENERATOR`, and the text encoders where they are not inside.
         noise, conditions: As `run_table` takes them.
 
     Raises:
@@ -93,7 +96,7 @@ def run_generator(
     # The null text is a constant of the graph.
     given = {name: value for name, value in conditions.items() if not name.startswith(NULL)}
     text = table.condition("text")
-    if text is not None and text.encoder is not None and text.encoder in networks:
+    if text is not None and set(text.encoders) <= set(networks):
         given |= embedded(networks, text, given)
     bank = dict(zip(noise_names(table), noise, strict=True))
     return networks[GENERATOR]({**given, **bank})[OUTPUT]

@@ -51,15 +51,15 @@ class Generator(nn.Module):
         super().__init__()
         refuse(table)
         self.table = table
+        self.signatures = dict(signatures)
         self.signature = generator_signature(table, signatures, text_inside=text_inside)
         text = table.condition("text")
-        outside = text.encoder if text and not text_inside else None
-        called = (networks[name] for name in table.networks if name != outside)
-        self.networks = nn.ModuleList(dict.fromkeys(called))
-        self.calls = {
-            name: _as_network(networks[name], signatures[name]) for name in table.networks
-        }
-        self.null = self._null_text(tokenize)
+        outside = text.encoders if text and not text_inside else ()
+        self.networks = nn.ModuleDict(
+            {name: networks[name] for name in table.networks if name not in outside}
+        )
+        self.null = _null_text(table, self._calls(networks), tokenize)
+        self.filling = table.guidance.null.get(text.name) if text else None
 
     def forward(
         self, added_cond_kwargs: Mapping[str, Tensor] | None = None, **inputs: Tensor
@@ -76,20 +76,29 @@ class Generator(nn.Module):
             name: value.expand(noise[0].shape[0], *value.shape[1:])
             for name, value in self.null.items()
         }
-        return run_table(self.table, self.calls, noise, {**given, **null})
+        if isinstance(self.filling, int | float):
+            texts = [spec.name for spec in self.signature.inputs if spec.kind in ("text", "pooled")]
+            null |= {NULL + name: given[name] * 0 + self.filling for name in texts}
+        return run_table(self.table, self._calls(self.networks), noise, {**given, **null})
 
-    def _null_text(self, tokenize: Tokenize | None) -> dict[str, Tensor]:
-        """Return what the text encoder makes of the null text, one sample each."""
-        text = self.table.condition("text")
-        null = self.table.guidance.null.get(text.name) if text else None
-        if text is None or not isinstance(null, str):
-            return {}
-        if tokenize is None or text.encoder is None:
-            msg = f"The null text of `{text.name}` becomes a constant of the graph, but there is no tokenizer or no text encoder to make it with."
-            raise ConfigError(msg)
-        tokens = torch.from_numpy(tokenize([null], text.length or 0))
-        with torch.no_grad():
-            return embedded(self.calls, text, {NULL + TOKENS: tokens})
+    def _calls(self, networks: Any) -> dict[str, Network]:
+        return {name: _as_network(item, self.signatures[name]) for name, item in networks.items()}
+
+
+def _null_text(
+    table: SamplerTable, networks: Mapping[str, Network], tokenize: Tokenize | None
+) -> dict[str, Tensor]:
+    """Return what the text encoder makes of the null text, one sample each."""
+    text = table.condition("text")
+    null = table.guidance.null.get(text.name) if text else None
+    if text is None or not isinstance(null, str):
+        return {}
+    if tokenize is None or text.encoder is None:
+        msg = f"The null text of `{text.name}` becomes a constant of the graph, but there is no tokenizer or no text encoder to make it with."
+        raise ConfigError(msg)
+    tokens = torch.from_numpy(tokenize([null], text.length or 0))
+    with torch.no_grad():
+        return embedded(networks, text, {NULL + TOKENS: tokens})
 
 
 def refuse(table: SamplerTable) -> None:
@@ -147,6 +156,6 @@ def unrolled(
     signature = generator.signature.with_batch(job.settings["batch"] or BATCH)
     graphs: dict[str, tuple[nn.Module, Signature]] = {GENERATOR: (generator, signature)}
     text = table.condition("text")
-    if not inside and text is not None and text.encoder is not None:
-        graphs[text.encoder] = (networks[text.encoder], signatures[text.encoder])
+    if not inside and text is not None:
+        graphs |= {name: (networks[name], signatures[name]) for name in text.encoders}
     return graphs
