@@ -55,9 +55,10 @@ def main() -> int:
     if options.job:
         work(*tasks[0], options.output)
         return 0
-    sections = list(dict.fromkeys(RUNS[name].section for name in options.only))
+    shown = [task for task in tasks if not options.held or held(*task, options.output)]
+    sections = {RUNS[name].section for name, _ in shown} & set(BASELINES)
     cache = options.output / "cache"
-    baselines = {name: baselines_of(name, cache)[1] for name in sections if name in BASELINES}
+    baselines = {name: baselines_of(name, cache)[1] for name in BASELINES if name in sections}
     failed = [] if options.held else train(tasks, options.output, options.jobs)
     lines = {task: held(*task, options.output) for task in tasks}
     found = [line for own in lines.values() for line in own]

@@ -92,7 +92,7 @@ def cascade(job: Job) -> Iterator[Line]:
     evaluator, baselines = baselines_of(job.section, job.cache)
     student = Student.open(job.root)
     if len(student.table.stages) == 1:
-        yield from plain_curve(job, student, evaluator, baselines.settings)
+        yield from plain_curve(job, student, evaluator)
         return
     for folder, sampler in job.run.students:
         item = measure(Student.open(job.root / folder), evaluator, baselines, sampler)
@@ -112,13 +112,11 @@ def cascade(job: Job) -> Iterator[Line]:
         yield job.line(problems, **figures, **item.to_json())
 
 
-def plain_curve(
-    job: Job, student: Student, evaluator: Evaluator, settings: Settings
-) -> Iterator[Line]:
+def plain_curve(job: Job, student: Student, evaluator: Evaluator) -> Iterator[Line]:
     """Measure a network of one resolution as the teacher is measured."""
-    (name,) = student.signatures
-    network, name_of_teacher = store.load(student.folder(name)), BASELINES[job.section][0]
-    plain = dataclasses.replace(Teacher.open(name_of_teacher), network=network)
+    name, settings = BASELINES[job.section]
+    (network,) = student.signatures
+    plain = dataclasses.replace(Teacher.open(name), network=store.load(student.folder(network)))
     for steps, naive in naive_baselines(plain, evaluator, settings).naive.items():
         yield job.line([], evaluations=steps, frechet=naive.report.frechet)
 
