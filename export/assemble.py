@@ -42,7 +42,7 @@ from edgedistill.validate import check
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
-from .loader_files import check_formats, write_loader_files
+from .loader_files import check_formats, make_stock, write_loader_files
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects, with_one_scale
 
@@ -192,6 +192,8 @@ def _add_reference(draft: Draft, student: Student, layout: str) -> None:
             (draft.root / path).mkdir(parents=True)
             for part in weights_in(folder):
                 shutil.copy2(part, draft.root / path / part.name)
+            if layout == SINGLE_ROOT:
+                make_stock(draft.root / path)
         session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})
         files[name] = NetworkFile(path, signature)
         reference[name] = CheckedNetwork(name, signature, session)

@@ -30,7 +30,8 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
     "coreml": {"raw": "noise_pred", "latent": "z", "image": "image", "moments": "latent"},
 }
 _APPLE_ENCODER_INPUT = "x"
-_UNET_KINDS = {"x", "t", "text", "pooled", "size", "w"}
+UNET_KINDS = {"x", "t", "text", "pooled", "size", "w"}
+"""What loaders feed a denoiser."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Dialect:
     def _unet(
         self, network: UNet2DConditionModel, signature: Signature
     ) -> tuple[Signature, nn.Module]:
-        if unknown := [s.name for s in signature.inputs if s.kind not in _UNET_KINDS]:
+        if unknown := [s.name for s in signature.inputs if s.kind not in UNET_KINDS]:
             msg = f"Loaders of pipelines feed no {', '.join(unknown)}; export with --layout bundle."
             raise ContractError(msg)
         baked = self.format == "coreml" and signature.input("w") is not None

@@ -7,8 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from edgedistill.errors import BundleError, ContractError, require
+from edgedistill.errors import ContractError, require
 from edgedistill.files import read_json, write_bytes, write_json
+from edgedistill.stock import objections
 from edgedistill.student import Student
 from edgedistill.tables import tokenizers_of
 from edgedistill.telemetry import require_silent
@@ -29,18 +30,16 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _HALVES = ("vae_decoder", "vae_encoder")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
 _COMPILE = "compile_on_mac.sh"
+_OURS = ("scalar_inputs", "image_channels", "residual_inputs", "mask_input")
 
 
 def write_loader_files(student: Student, root: Path, formats: Collection[str]) -> None:
     """Write what loaders read beside the graphs and the weights.
 
     Args:
-        student: A pipeline of Stable Diffusion's kind.
+        student: One of which `why_not` has nothing to say.
         root: The folder; the networks' own folders with their ``config.json`` are there.
         formats: Of the artifacts that it holds.
-
-    Raises:
-        BundleError: If the tokenizer is not CLIP's kind, or the table is none that a stock scheduler makes.
     """
     encoders = ("text_encoder", "text_encoder_2")
     pairs = zip(_TOKENIZERS, encoders, strict=True)
@@ -49,7 +48,7 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
         _write_tokenizer(student, root / name)
         if "openvino" in formats:
             _write_openvino_tokenizer(root / name)
-    write_json(root / SCHEDULER, scheduler_of(student))
+    write_json(root / SCHEDULER, _scheduler(student))
     for name in _HALVES:
         if name in student.signatures and {"onnx", "openvino"} & set(formats):
             (root / name).mkdir(exist_ok=True)
@@ -59,20 +58,42 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
     write_json(root / INDEX, _index(student, tokenizers))
 
 
-def scheduler_of(student: Student) -> dict[str, Any]:
-    """Return the configuration of the stock scheduler that makes the steps of a student's table.
-
-    Raises:
-        BundleError: If its table was made otherwise.
-    """
+def why_not(student: Student) -> str | None:
+    """Say what a student has that no pipeline of the loaders has, or return None."""
     import diffusers
 
-    held: Mapping[str, Any] = student.table.annotations.get("scheduler") or {}
-    name = held.get("_class_name")
-    if not isinstance(name, str) or not hasattr(diffusers, name):
-        msg = f"{student.root}: its sampler is none that a scheduler of diffusers makes, and pipelines need one; export with --layout bundle."
-        raise BundleError(msg)
+    table = student.table
+    scheduler: Mapping[str, Any] = table.annotations.get("scheduler") or {}
+    if not hasattr(diffusers, str(scheduler.get("_class_name"))):
+        return "a sampler that no scheduler of diffusers makes"
+    rows = [row for row in table.rows if row.call]
+    if reasons := objections(scheduler, len(rows), table)["diffusers"]:
+        return f"a sampler that its {scheduler['_class_name']} does not make: {reasons[0]}"
+    for name in tokenizers_of(student.samplers):
+        path = student.root / name
+        if path.is_dir() and all((path / word).is_file() for word in (_VOCABULARY, _MERGES)):
+            continue
+        model = read_json(path / "tokenizer.json" if path.is_dir() else path)["model"]
+        if model.get("type") != "BPE" or not {_START, _END} <= set(model["vocab"]):
+            return f"a tokenizer that is not CLIP's but a {model.get('type')}"
+    return None
+
+
+def _scheduler(student: Student) -> dict[str, Any]:
+    """Return the configuration of the stock scheduler that makes the steps of a student's table."""
+    import diffusers
+
+    held = student.table.annotations["scheduler"]
     return {**held, "_diffusers_version": diffusers.__version__}
+
+
+def make_stock(folder: Path) -> None:
+    """Give a denoiser with the one further input w the name of the stock class, which has a place for it."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("_class_name") == "ExtendedUNet2DConditionModel":
+        stock = {key: value for key, value in config.items() if key not in _OURS}
+        write_json(path, {**stock, "_class_name": "UNet2DConditionModel"})
 
 
 def pipeline_class(student: Student) -> str:
@@ -95,7 +116,7 @@ def _index(student: Student, tokenizers: Collection[str]) -> dict[str, Any]:
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", scheduler_of(student)["_class_name"]],
+        "scheduler": ["diffusers", _scheduler(student)["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         **({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]} if second else {}),
         **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
@@ -129,11 +150,7 @@ def _write_tokenizer(student: Student, folder: Path) -> None:
 
 
 def _derive_words(folder: Path) -> None:
-    whole = read_json(folder / "tokenizer.json")
-    model = whole["model"]
-    if model.get("type") != "BPE" or not {_START, _END} <= set(model["vocab"]):
-        msg = f"{folder}: loaders read CLIP's tokenizers, and this is another ({model.get('type')}); export with --layout bundle."
-        raise BundleError(msg)
+    model = read_json(folder / "tokenizer.json")["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     write_json(folder / _VOCABULARY, model["vocab"])
     write_bytes(folder / _MERGES, "\n".join(["#version: 0.2", *pairs, ""]).encode())

@@ -14,9 +14,10 @@ from edgedistill.models.store import class_name
 from edgedistill.student import Student
 from edgedistill.table import SamplerTable
 
-from .dialects import Dialect, batch_of
+from .dialects import UNET_KINDS, Dialect, batch_of
 from .formats import Job
 from .layouts import BUNDLE, INDEX, PACKAGES, SINGLE_ROOT
+from .loader_files import why_not
 
 SECOND = "text_encoder_2"
 _DECODER = "vae_decoder"
@@ -37,15 +38,26 @@ def layout_for(student: Student, target: Path, asked: str | None) -> str:
     Raises:
         ConfigError: If a single root is asked for and loaders know no such pipeline.
     """
-    held = {name: _class_of(student, name) for name in student.signatures}
-    fits = set(_NEEDED) <= set(held) and all(held[name] in _KNOWN.get(name, ()) for name in held)
-    if asked == SINGLE_ROOT and not fits:
-        found = ", ".join(f"{name} ({kind})" for name, kind in held.items())
-        msg = f"{student.root}: loaders know stock pipelines of {', '.join(_NEEDED)}, this one has {found}; export with --layout bundle."
+    problem = _problem(student)
+    if asked == SINGLE_ROOT and problem:
+        msg = (
+            f"{student.root}: loaders know no pipeline with {problem}; export with --layout bundle."
+        )
         raise ConfigError(msg)
     if asked is None and (target / INDEX).is_file():
         return SINGLE_ROOT
-    return asked or (SINGLE_ROOT if fits else BUNDLE)
+    return asked or (BUNDLE if problem else SINGLE_ROOT)
+
+
+def _problem(student: Student) -> str | None:
+    held = {name: _class_of(student, name) for name in student.signatures}
+    fits = set(_NEEDED) <= set(held) and all(held[name] in _KNOWN.get(name, ()) for name in held)
+    if not fits:
+        return f"networks {', '.join(f'{name} ({kind})' for name, kind in held.items())}"
+    inputs = student.signatures["unet"].inputs
+    if unknown := [spec.name for spec in inputs if spec.kind not in UNET_KINDS]:
+        return f"a network that takes {', '.join(unknown)}"
+    return why_not(student)
 
 
 def _class_of(student: Student, network: str) -> str | None:

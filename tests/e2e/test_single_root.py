@@ -1,7 +1,6 @@
 """One exported folder opens in diffusers, optimum, OpenVINO GenAI and our runtimes, and gives the same picture."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -298,7 +297,7 @@ def test_another_format_joins_and_another_precision_is_refused(
 
 def test_pixel_students_stay_bundles(student, tmp_path) -> None:
     assert layout_for(student, tmp_path, None) == "bundle"
-    with pytest.raises(ConfigError, match="loaders know stock pipelines of unet, text_encoder"):
+    with pytest.raises(ConfigError, match=r"loaders know no pipeline with networks unet \(Ext"):
         layout_for(student, tmp_path, SINGLE_ROOT)
 
 
@@ -318,11 +317,22 @@ def test_words_are_made_of_a_single_file(onnx_root: Bundle, tiny_pipelines, tmp_
     theirs = made(prompts, padding="max_length", truncation=True, return_tensors="np").input_ids
     ours = Tokenizer.open(onnx_root.root / "tokenizer").encode(prompts, 77)
     np.testing.assert_array_equal(theirs, ours)
-    whole = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text())
-    whole["model"]["type"] = "WordLevel"
-    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(whole))
-    with pytest.raises(BundleError, match=r"loaders read CLIP's tokenizers, and this is another"):
-        files._derive_words(tmp_path / "tokenizer")
+
+
+def test_what_no_loader_could_run_stays_a_bundle(tiny_pipelines, tmp_path) -> None:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    assert layout_for(student, tmp_path, None) == SINGLE_ROOT
+    (row,) = student.table.rows
+    (stage,) = student.table.stages
+    earlier = dataclasses.replace(stage, rows=(dataclasses.replace(row, feeds={"timestep": 9.0}),))
+    for change, problem in (
+        ({"stages": (earlier,)}, "a sampler that its DDIMScheduler does not make: at step 0 its"),
+        ({"annotations": {}}, "a sampler that no scheduler of diffusers makes"),
+    ):
+        other = dataclasses.replace(student, table=dataclasses.replace(student.table, **change))
+        assert layout_for(other, tmp_path, None) == "bundle"
+        with pytest.raises(ConfigError, match=f"loaders know no pipeline with {problem}"):
+            layout_for(other, tmp_path, SINGLE_ROOT)
 
 
 def test_the_openvino_tokenizer_reads_as_ours(onnx_root: Bundle, tmp_path) -> None:
