@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
 from edgedistill.models.run import sample_torch
-from edgedistill.models.source import open_source
+from edgedistill.models.source import open_network, open_source
+from edgedistill.models.variant import Lora, open_variant
 from edgedistill.student import Student
 
 # diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
@@ -46,10 +50,7 @@ CASES = [
 
 def samples(student: Student, noise: list[torch.Tensor]) -> np.ndarray:
     """Run a student's table in PyTorch for the prompts or classes that are asked for here."""
-    modules = {
-        name: store.load_as(student.folder(name), student.signatures[name])
-        for name in student.table.networks
-    }
+    modules = {name: open_network(student, name) for name in student.table.networks}
     asked = {"text": PROMPTS, "class": CLASSES}
     given = {item.name: asked[item.kind] for item in student.table.conditions if item.kind in asked}
     return sample_torch(
@@ -243,3 +244,96 @@ def test_a_student_opens_as_what_it_was_trained_for(tmp_path: Path, student: Stu
         open_source(student.root, num_steps=2)
     with pytest.raises(BundleError, match="no such folder"):
         open_source(tmp_path / "nothing")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the UNet and the text encoder, as diffusers writes it."""
+    folder = tmp_path_factory.mktemp("lora")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines / "sd")
+    layers = {}
+    for part, targets in (("unet", ["to_q", "to_out.0", "conv1"]), ("text_encoder", ["q_proj"])):
+        network = getattr(pipeline, part)
+        network.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=targets))
+        torch.manual_seed(1)
+        for name, value in network.named_parameters():
+            if "lora_B" in name:
+                value.data.normal_(std=0.3)
+        layers[part] = get_peft_model_state_dict(network)
+        layers[f"{part}_config"] = network.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=layers["unet"],
+        text_encoder_lora_layers=layers["text_encoder"],
+        unet_lora_adapter_metadata=layers["unet_config"],
+        text_encoder_lora_adapter_metadata=layers["text_encoder_config"],
+    )
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+def images_of(pipeline: DiffusionPipeline) -> np.ndarray:
+    """Return images (2, channels, height, width) of a pipeline in four steps from seed 0."""
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {**ASKED["sd"], "guidance_scale": 1.0, "num_inference_steps": 4}
+    made = pipeline(**asked, generator=torch.Generator().manual_seed(0)).images
+    return made.transpose(0, 3, 1, 2) * 2 - 1
+
+
+def test_a_lora_is_merged_at_its_scale(tiny_pipelines: Path, adapter: Path, tmp_path: Path) -> None:
+    lora = Lora.parse(f"{adapter}:0.7")
+    assert lora.scale == 0.7
+    student = open_variant(tiny_pipelines / "sd", tmp_path, loras=[lora], num_steps=4)
+    (told,) = student.provenance["lora"]
+    assert (told["file"], told["scale"]) == (adapter.name, 0.7)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines / "sd")
+    without = images_of(pipeline)
+    pipeline.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    pipeline.fuse_lora(lora_scale=0.7)
+    expected = images_of(pipeline)
+    np.testing.assert_allclose(samples(student, drawn(student)), expected, atol=1e-4)
+    assert np.abs(expected - without).max() > 0.02
+    untouched = Path("vae") / store.WEIGHTS
+    assert (student.root / untouched).samefile(tiny_pipelines / "sd" / untouched)
+
+
+def test_a_lora_of_something_else_is_refused(
+    tiny_pipelines: Path, adapter: Path, tmp_path: Path
+) -> None:
+    held = load_file(adapter)
+    (tmp_path / "place").mkdir()
+
+    def refused(message: str, tensors: dict[str, torch.Tensor], kind: str = "sd") -> None:
+        save_file(tensors, tmp_path / "changed.safetensors")
+        with pytest.raises(BundleError, match=message):
+            open_variant(
+                tiny_pipelines / kind,
+                tmp_path / "place",
+                loras=[Lora(tmp_path / "changed.safetensors")],
+            )
+        shutil.rmtree(tmp_path / "place")
+        (tmp_path / "place").mkdir()
+
+    first = next(name for name in held if ".lora_A." in name or ".lora.down." in name)
+    refused("has one factor of its update", {first: held[first]})
+    refused("is no update as diffusers", {"lora_unet_mid.lora_mid": held[first]})
+    refused("has no text_encoder/, which a LoRA updates", held, "dit")
+    wide = {name: torch.cat([value, value]) for name, value in held.items()}
+    refused("which the network has as .*; the file is for another one", wide)
+    with pytest.raises(ConfigError, match="FILE or FILE:SCALE, got 'a:b'"):
+        Lora.parse("a:b")
+
+
+def test_another_autoencoder_is_swapped_in(tiny_pipelines: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    small = AutoencoderTiny(**widths, **blocks).eval()
+    small.save_pretrained(tmp_path / "small")
+    (tmp_path / "place").mkdir()
+    student = open_variant(
+        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=4
+    )
+    assert (student.provenance["vae"], student.table.space["scale"]) == ("small", 1.0)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipelines / "sd", vae=small)
+    made = samples(student, drawn(student))
+    np.testing.assert_allclose(made, images_of(pipeline), atol=1e-4)

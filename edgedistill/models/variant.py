@@ -1,0 +1,125 @@
+"""A pipeline's folder with other weights: LoRA files merged, another autoencoder; the rest is linked, not copied."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgedistill.errors import BundleError, ConfigError
+from edgedistill.files import read_json, sha256, write_json
+from edgedistill.models import store
+from edgedistill.models.lora_file import PARTS, Layers, add_updates, read_lora
+from edgedistill.models.parts import AUTOENCODERS, INDEX, PROMPTS
+from edgedistill.models.source import open_source
+from edgedistill.student import Student
+
+_WHOLE = (*PARTS, "vae", "scheduler", "tokenizer", "tokenizer_2", INDEX, PROMPTS)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, and how much of it.
+
+    Fields:
+        path: A safetensors file.
+        scale: 1 is the update as it was trained.
+    """
+
+    path: Path
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> "Lora":
+        """Read ``FILE`` or ``FILE:SCALE``.
+
+        Raises:
+            ConfigError: If the scale is no number.
+        """
+        name, colon, scale = text.rpartition(":")
+        if not colon or Path(text).is_file():
+            return cls(Path(text))
+        try:
+            return cls(Path(name), float(scale))
+        except ValueError:
+            msg = f"A LoRA is given as FILE or FILE:SCALE, got {text!r}."
+            raise ConfigError(msg) from None
+
+
+def open_variant(
+    root: Path,
+    place: Path,
+    *,
+    loras: Sequence[Lora] = (),
+    vae: Path | None = None,
+    **asked: Any,
+) -> Student:
+    """Write a pipeline that differs from another by these, and open it.
+
+    Args:
+        root: The pipeline's folder; it is not changed.
+        place: An empty folder to write to.
+        loras: Added one after another.
+        vae: Folder of another autoencoder.
+        **asked: As `edgedistill.models.source.open_source`.
+
+    Returns:
+        The student; what was done is in its provenance.
+
+    Raises:
+        BundleError: If a file is missing, damaged, a pickle, or for another network.
+        ConfigError: As `open_source`.
+    """
+    open_source(root, **asked)  # refuses what cannot be taken before there is any work
+    if vae is not None:
+        store.open_one_of(vae, AUTOENCODERS, bare=True)
+    updates = [(lora, read_lora(lora.path)) for lora in loras]
+    changed = sorted({part for _, held in updates for part in held})
+    for part in changed:
+        if not (root / part).is_dir():
+            msg = f"{root}: has no {part}/, which a LoRA updates; the file is for another pipeline, or this is no whole one."
+            raise BundleError(msg)
+    for name in _WHOLE:
+        source = vae if name == "vae" and vae is not None else root / name
+        if source.is_dir() and name not in changed:
+            shutil.copytree(source, place / name, copy_function=_linked)
+        elif source.is_file():
+            _linked(str(source), str(place / name))
+    for part in changed:
+        _write_updated(root / part, place / part, part, updates)
+    student = open_source(place, **asked)
+    merged = [
+        {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
+    ]
+    done = {"lora": merged, "vae": None if vae is None else vae.resolve().name}
+    told = {name: value for name, value in done.items() if value}
+    return dataclasses.replace(
+        student, name=root.resolve().name, provenance={**student.provenance, **told}
+    )
+
+
+def _write_updated(
+    source: Path, folder: Path, part: str, updates: Sequence[tuple[Lora, Mapping[str, Layers]]]
+) -> None:
+    """Write a network with the updates of one part of a pipeline added to its weights."""
+    config = read_json(source / "config.json")
+    with torch.device("meta"):
+        file = store.weights_file(store.build(config, str(source)))
+    state = store.load_weights(source / file)
+    for lora, held in updates:
+        add_updates(state, held.get(part, {}), lora.scale, str(lora.path))
+    write_json(folder / "config.json", config)
+    store.save_weights(state, folder / file, {"format": "pt"})
+
+
+def _linked(source: str, target: str) -> str:
+    """Link a file, or copy it where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
