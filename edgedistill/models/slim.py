@@ -48,7 +48,8 @@ def cut(teacher: UNet2DModel, settings: CutSettings) -> UNet2DModel:
         ConfigError: If a width does not divide into the normalisation groups, or layers would be added.
     """
     config = {**teacher.config, **_smaller(teacher.config, settings)}
-    student = build_stock(config)
+    with next(teacher.parameters()).device:
+        student = build_stock(config)
     source = teacher.state_dict()
     mapped = {
         name: _shrink(source[_origin(name, teacher.config, config)], value.shape, name, teacher)

@@ -25,6 +25,7 @@ from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.student import Student
 from edgedistill.teacher import PACKAGED, Teacher
+from edgedistill.training.describe import describe
 from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import distill
 from edgedistill.validate import validate
@@ -308,3 +309,8 @@ def test_a_smaller_student_is_smaller(tmp_path: Path) -> None:
         student = distill(Recipe.load(RECIPE, sets), tmp_path / change, quiet=True)
         sizes.append(student.provenance["parameters"]["unet"])
     assert sizes == [123089, 42889]
+
+
+def test_a_smaller_student_is_sketched_without_weights() -> None:
+    plan = describe(Recipe.load(RECIPE, ["student.width=0.5"]), is_sketch=True)
+    assert {role["name"]: role["trained"] for role in plan["roles"]}["student"] == 42889
