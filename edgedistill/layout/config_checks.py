@@ -17,18 +17,30 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "vae_encoder": _VAE,
 }
 """What loaders read of a configuration; each fills what is missing with a default of its own."""
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "addition_embed_type": (str,),
+    "block_out_channels": (list,),
+    "sample_size": (int, list),
+    "scaling_factor": (int, float),
+}
+_WHOLE = (int,)
 _KEYS_XL = ("addition_embed_type", "addition_time_embed_dim")
 
 
 @check("ort", "openvino", "genai", "swift")
 def keys(folder: Folder, _: str) -> Iterator[Finding]:
-    """Every key that a loader reads is there."""
+    """Every key that a loader reads is there and of its kind."""
     for network in folder.networks:
+        if not (is_stable_diffusion(folder) or network.startswith("vae")):
+            continue
         config, path = folder.config(network), f"{network}/config.json"
         more = _KEYS_XL if network == "unet" and is_xl(folder) else ()
         for key in (*KEYS.get(network, ()), *more) if config else ():
-            if config.get(key) is None:
-                yield Finding(path, f"`{key}`", "no such key", _WRITE)
+            kinds = _KINDS.get(key, _WHOLE)
+            if not isinstance(config.get(key), kinds):
+                found = repr(config[key]) if config.get(key) is not None else "no such key"
+                names = " or ".join(kind.__name__ for kind in kinds)
+                yield Finding(path, f"`{key}`, {names}", found, _WRITE)
 
 
 @check("ort", "openvino")

@@ -3,7 +3,8 @@
 A size that is a word is free, or fixed by the configuration key of that name; equal words are equal
 sizes. Sources: optimum-onnx 0.1.0 and optimum-intel 1.27 (`modeling_diffusion.py`), openvino.genai
 2026.4 (`src/cpp/src/image_generation`), apple/ml-stable-diffusion (`torch2coreml.py`, `Unet.swift`,
-`TextEncoder.swift`, `TextEncoderXL.swift`, `Decoder.swift`, `Encoder.swift`, `SafetyChecker.swift`).
+`TextEncoder.swift`, `TextEncoderXL.swift`, `Decoder.swift`, `Encoder.swift`, `SafetyChecker.swift`,
+`MultiModalDiffusionTransformer.swift`).
 """
 
 from collections.abc import Mapping
@@ -96,6 +97,16 @@ _CORE_ML = {
         (_spec("x", "image", _F16, 1, "in_channels", *_IMAGE),),
         (_spec("latent", "moments", _F32, 1, "moments", *_LATENT),),
     ),
+    # Stable Diffusion 3's transformer, whose loader always sends two samples.
+    "mmdit": Signature(
+        (
+            _spec("latent_image_embeddings", "x", _F16, BATCH, "in_channels", *_LATENT),
+            _spec("token_level_text_embeddings", "text", _F16, BATCH, "text", 1, "tokens"),
+            _spec("pooled_text_embeddings", "pooled", _F16, BATCH, "pooled", 1, 1),
+            _spec("timestep", "t", _F16, 2),
+        ),
+        (_spec("denoiser_output", "raw", _F32, BATCH, "in_channels", *_LATENT),),
+    ),
     "safety_checker": Signature(
         (
             _spec("clip_input", "image", _F16, 1, 3, 224, 224),
@@ -134,9 +145,12 @@ class Tolerance:
     level: str | None = None
 
 
-_SWIFT_SENDS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "z", "x")
+_SWIFT_SENDS = (
+    *("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "z", "x"),
+    *("latent_image_embeddings", "token_level_text_embeddings", "pooled_text_embeddings"),
+)
 _SWIFT_CONVERTS = (
-    *("noise_pred", "last_hidden_state", "hidden_embeds"),
+    *("noise_pred", "denoiser_output", "last_hidden_state", "hidden_embeds"),
     *("pooled_outputs", "image", "latent"),
 )
 TOLERATED = (

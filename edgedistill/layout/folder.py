@@ -20,6 +20,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 PACKAGES = "coreml/packages"
 RESOURCES = "coreml/Resources"
 FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
+APPLE = {"transformer": "mmdit"}
+"""Networks whose packages have another name."""
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -82,14 +84,13 @@ class Folder:
         return str(self.json(INDEX).get("_class_name", ""))
 
     @property
-    def entries(self) -> dict[str, tuple[Any, Any]]:
+    def entries(self) -> dict[str, tuple[str, str]]:
         """Library and class of every part that the pipeline has, as `INDEX` tells them."""
-        pairs = {
-            name: tuple(value)
+        return {
+            name: (str(value[0]), str(value[1]))
             for name, value in self.json(INDEX).items()
-            if isinstance(value, list) and len(value) == 2
+            if isinstance(value, list) and len(value) == 2 and value != [None, None]
         }
-        return {name: pair for name, pair in pairs.items() if pair != (None, None)}
 
     @property
     def is_latent(self) -> bool:
@@ -116,7 +117,8 @@ class Folder:
             yield from ((name, f"{name}/{FILES[format_]}") for name in self.networks)
             return
         in_chunks = not self.has(self.package("unet")) and self.has(self.package("unet_chunk1"))
-        for name in self.networks:
+        for network in self.networks:
+            name = APPLE.get(network, network)
             if name != "unet" or not in_chunks:
                 yield name, self.package(name)
         if self.has(self.package("safety_checker")):
@@ -130,7 +132,8 @@ class Folder:
 
     def sizes(self, network: str) -> dict[str, Any]:
         """Return the sizes and switches that fix a network's signature, from every configuration."""
-        own = dict(self.config(network))
+        source = next((name for name, apple in APPLE.items() if apple == network), network)
+        own = dict(self.config(source))
         text = self.config("text_encoder")
         own[LENGTH] = text.get("max_position_embeddings")
         if network in ("vae_decoder", "vae_encoder"):

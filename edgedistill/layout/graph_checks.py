@@ -7,7 +7,7 @@ from .contracts import TOLERATED, signature
 from .findings import FORMATS, Finding, check
 from .folder import Folder
 from .graphs import Graph
-from .index_checks import is_xl
+from .index_checks import is_stable_diffusion, is_xl
 from .mismatches import Mismatch, mismatches
 
 _EXPORT = "export the network anew in this loader's dialect"
@@ -65,7 +65,10 @@ def signatures(folder: Folder, loader: str) -> Iterator[Finding]:
         if loader == "genai":
             sizes["labels"] = 1
         contract = signature(format_, network, sizes, stacked=is_xl(folder))
-        if graph is None or contract is None:
+        other_family = network.startswith(("text_encoder", "unet")) and not is_stable_diffusion(
+            folder
+        )
+        if graph is None or contract is None or other_family:
             continue
         for item in mismatches(contract, graph, ordered=loader == "genai"):
             if level := _level(loader, network, item):

@@ -57,9 +57,12 @@ def _read_onnx(path: Path) -> Graph:
     onnx = require("onnx", "onnx")
     decode_error = require("google.protobuf.message", "onnx").DecodeError
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except (decode_error, OSError) as error:
+        return _of_onnx(onnx.load(str(path), load_external_data=False))
+    except (decode_error, OSError, ValueError) as error:
         raise _damaged(path, "an ONNX model", error) from error
+
+
+def _of_onnx(model: Any) -> Graph:
     initializers = {item.name for item in model.graph.initializer}
     inputs = (item for item in model.graph.input if item.name not in initializers)
     return Graph(
@@ -95,8 +98,12 @@ def _read_openvino(path: Path) -> Graph:
     try:
         # expat itself limits how far entities may grow.
         root = ET.parse(path).getroot()  # noqa: S314
-    except (ET.ParseError, OSError) as error:
+        return _of_openvino(root, path.with_suffix(".bin").name)
+    except (ET.ParseError, OSError, ValueError) as error:
         raise _damaged(path, "an OpenVINO model", error) from error
+
+
+def _of_openvino(root: ET.Element, weights: str) -> Graph:
     layers = {layer.get("id"): layer for layer in root.iterfind("layers/layer")}
     sources = {
         edge.get("to-layer"): (edge.get("from-layer"), edge.get("from-port"))
@@ -112,7 +119,7 @@ def _read_openvino(path: Path) -> Graph:
             outputs.append(_openvino_tensor(given, layer))
         elif layer.get("type") == "Const" and (data := layer.find("data")) is not None:
             end = max(end, int(data.get("offset", 0)) + int(data.get("size", 0)))
-    return Graph(tuple(inputs), tuple(outputs), ((path.with_suffix(".bin").name, end),))
+    return Graph(tuple(inputs), tuple(outputs), ((weights, end),))
 
 
 def _openvino_tensor(port: ET.Element | None, layer: ET.Element) -> Tensor:

@@ -641,6 +641,73 @@ def test_every_bad_combination_is_found_with_loader_file_expected_and_found(fold
         ), f"{loader}: {findings}"
 
 
+MMDIT = "latent_image_embeddings f16 2,4,8,8 | token_level_text_embeddings f16 2,32,1,154 | pooled_text_embeddings f16 2,16,1,1 | timestep f16 2 -> denoiser_output f32 2,4,8,8"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected", "found"),
+    [
+        ("latent_image", "image", "`latent_image_embeddings`", "image_embeddings"),
+        ("2,4,8,8 |", "2,5,8,8 |", "[batch, 4, height, width]", "[2, 5, 8, 8]"),
+        ("2,32,1,154", "2,154,32", "rank 4", "rank 3"),
+        ("2,16,1,1", "2,16", "rank 4", "rank 2"),
+        ("timestep f16 2", "timestep f16 1", "`timestep` of shape [2]", "[1]"),
+        ("timestep f16", "timestep i32", "`timestep` of float16", "int32"),
+        ("denoiser_output", "noise_pred", "`denoiser_output`", "noise_pred"),
+    ],
+)
+def test_swift_reads_the_transformer_of_stable_diffusion_3(folder, old, new, expected, found):
+    root = folder()
+    _index("_class_name", to="StableDiffusion3Pipeline")(root)
+    _index("unet", to=...)(root)
+    _index("transformer", to=["diffusers", "SD3Transformer2DModel"])(root)
+    _save(root / "transformer/config.json", {"in_channels": 4})
+    _write_graph(root / _path("coreml", "mmdit"), MMDIT)
+    assert check_layout(root, ["swift"]) == []
+    _write_graph(root / _path("coreml", "mmdit"), MMDIT.replace(old, new, 1))
+    findings = check_layout(root, ["swift"])
+    assert any(expected in item.expected and found in item.found for item in findings), findings
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _index("scheduler", to=["diffusers", ["DDIMScheduler"]]),
+        _index("unet", to={"a": 1}),
+        _index("_class_name", to=3),
+        _scheduler(num_train_timesteps="many"),
+        _scheduler(beta_schedule=["linear"]),
+        _scheduler(_class_name={"a": 1}),
+        _edit("unet/config.json", "cross_attention_dim", to="wide"),
+        _edit("vae_decoder/config.json", "latent_channels", to="four"),
+        _edit("text_encoder/config.json", "num_hidden_layers", to="two"),
+        _text("tokenizer/vocab.json", "[]"),
+        _text("sampler.json", '{"stages": 3}'),
+        _text("unet/openvino_model.xml", '<net><layers><layer type="Const"><data size="x"/></layer></layers></net>'),
+        _text("coreml/packages/Stable_Diffusion_version_tiny_unet.mlpackage/Manifest.json", "{"),
+    ],
+)  # fmt: skip
+def test_what_is_malformed_is_a_finding_and_never_a_crash(folder, edit):
+    root = folder()
+    edit(root)
+    assert check_layout(root, LOADERS) != []
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _edit("unet/config.json", "block_out_channels", to=3),
+        _text("unet/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": 3}'),
+        _text("edgedistill.json", '{"artifacts": {"a": {"format": "coreml", "networks": 3}}}'),
+        _text("edgedistill.json", '{"artifacts": [1]}'),
+    ],
+)
+def test_what_is_malformed_and_not_needed_is_passed_over(folder, edit):
+    root = folder()
+    edit(root)
+    assert check_layout(root, LOADERS) == []
+
+
 def test_chunks_alone_and_what_costs_nothing_are_fine(folder):
     root = folder()
     _both(
