@@ -35,6 +35,7 @@ examples:
   edgedistill export coreml -m student bundle --single-graph
   edgedistill export all -m stable-diffusion-v1-5 OUT --num-inference-steps 4 --guidance-scale 7.5
   edgedistill export all -m student -o bundle
+  edgedistill export onnx -m pipeline folder --lora style.safetensors:0.7 --vae small-vae
 
 Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
 """
@@ -93,6 +94,16 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=positive,
         help="of its sampler (default: 4)",
+    )
+    pipeline.add_argument(
+        "--lora",
+        metavar="FILE[:SCALE]",
+        action="append",
+        default=[],
+        help="merge a LoRA as diffusers or peft write it; may be given several times (default scale: 1)",
+    )
+    pipeline.add_argument(
+        "--vae", metavar="DIR", type=Path, help="another autoencoder, such as a small one"
     )
     pipeline.add_argument("--height", metavar="H", type=positive, help="of images (default: its)")
     pipeline.add_argument("--width", metavar="W", type=positive, help="of images (default: its)")
@@ -195,8 +206,8 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
     steps, scale = options.num_inference_steps, options.guidance_scale
     sizes = options.height, options.width
     if (options.model / MANIFEST).is_file():
-        if (steps, sizes) != (None, (None, None)):
-            msg = f"{options.model}: a student has the steps and the size that it was trained for; leave them out."
+        if (steps, sizes, options.lora, options.vae) != (None, (None, None), [], None):
+            msg = f"{options.model}: a student has the steps, the size and the networks that it was trained for; leave them out."
             raise ConfigError(msg)
         student = Student.open(options.model)
         if scale is None:
@@ -205,10 +216,16 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
 
         return bake_student(student, scale, place)
     from edgedistill.models.source import open_source
+    from edgedistill.models.variant import Lora, open_variant
 
     from .single_root import resized
 
-    student = open_source(options.model, num_steps=steps, guidance_scale=scale)
+    asked = {"num_steps": steps, "guidance_scale": scale}
+    if options.lora or options.vae is not None:
+        loras = [Lora.parse(text) for text in options.lora]
+        student = open_variant(options.model, place, loras=loras, vae=options.vae, **asked)
+    else:
+        student = open_source(options.model, **asked)
     return student if sizes == (None, None) else resized(student, *sizes)
 
 
