@@ -1,5 +1,7 @@
 """The only thing that is traced: one network, positional inputs in signature order, plain tensors out."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,11 @@ class Frozen(nn.Module):
         names = [spec.name for spec in self.signature.outputs]
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
 
+    def release(self) -> None:
+        """Give the memory of the weights back; the network cannot be called any more."""
+        for value in (*self.parameters(), *self.buffers()):
+            value.data = torch.empty(0, dtype=value.dtype)
+
 
 def examples(signature: Signature) -> tuple[Tensor, ...]:
     """Return inputs in signature order to trace and to check with.
@@ -78,11 +85,32 @@ def free_axes(spec: TensorSpec) -> dict[int, str]:
     return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
-def check_against(frozen: Frozen, session: Session, floor: float, what: str) -> float:
-    """Run a written graph once beside PyTorch.
+@dataclass(frozen=True)
+class Expected:
+    """One call of a network in PyTorch, kept so that a written graph is checked when the network is gone.
+
+    Fields:
+        feeds: Inputs by name.
+        outputs: What PyTorch answers, by name.
+    """
+
+    feeds: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+
+
+def expected_of(frozen: Frozen) -> Expected:
+    """Call a network on `examples`."""
+    inputs = examples(frozen.signature)
+    names = [spec.name for spec in frozen.signature.inputs]
+    feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
+    return Expected(feeds, frozen.run(*inputs))
+
+
+def check_against(expected: Expected, session: Session, floor: float, what: str) -> float:
+    """Run a written graph once on what PyTorch was given.
 
     Args:
-        frozen: The reference.
+        expected: The reference.
         session: Runs the written file.
         floor: dB SNR that must be reached.
         what: What was written, for the message.
@@ -93,11 +121,8 @@ def check_against(frozen: Frozen, session: Session, floor: float, what: str) -> 
     Raises:
         CheckFailedError: If it is below `floor`.
     """
-    inputs = examples(frozen.signature)
-    names = [spec.name for spec in frozen.signature.inputs]
-    feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
-    reference, got = frozen.run(*inputs), session(feeds)
-    found = {name: compare(value, got[name]).snr_db for name, value in reference.items()}
+    got = session(expected.feeds)
+    found = {name: compare(value, got[name]).snr_db for name, value in expected.outputs.items()}
     worst = min(found, key=lambda name: found[name])
     if found[worst] < floor:
         msg = f"{what}: {found[worst]:.1f} dB SNR of `{worst}` against PyTorch, at least {floor:.0f} dB is required; it was not written."

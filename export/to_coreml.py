@@ -16,7 +16,7 @@ from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.mlpackage import quiet_coremltools, write_package
 
-from .frozen import Frozen, check_against, examples
+from .frozen import Frozen, check_against, examples, expected_of
 
 # dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
 # floors of edgedistill.parity to say. Large networks lose more in float16: Stable Diffusion 1.5 keeps 48 dB.
@@ -51,6 +51,7 @@ def write_coreml(
     *,
     precision: str = "float16",
     deployment_target: str = "iOS17",
+    consume: bool = False,
 ) -> dict[str, Any]:
     """Write a network as a Core ML ML Program, with float32 inputs and outputs.
 
@@ -63,6 +64,7 @@ def write_coreml(
         path: The ``.mlpackage`` to write.
         precision: ``"float16"`` or ``"float32"``, of the arithmetic and the weights.
         deployment_target: The earliest system it must run on.
+        consume: Give the network's memory back before the package is run; it is of no use afterwards.
 
     Returns:
         What made it: options, versions, and ``snr_db`` against PyTorch.
@@ -75,14 +77,17 @@ def write_coreml(
     """
     _check(signature, precision, deployment_target)
     frozen = Frozen(network, signature)
+    expected = expected_of(frozen)
     with quiet_coremltools() as coremltools, _without_known_warnings():
         model = _convert(coremltools, frozen, precision, deployment_target)
+        if consume:
+            frozen.release()
         _describe(model, signature)
         snr_db = write_package(
             model,
             path,
             lambda package: check_against(
-                frozen,
+                expected,
                 plugins.find(plugins.RUNTIMES, "coreml").open(
                     package, signature, {"device": "reference"}
                 ),

@@ -19,14 +19,19 @@ from edgedistill.files import native_writer, written_beside
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
-from .frozen import Frozen, check_against
+from .frozen import Frozen, check_against, expected_of
 from .to_onnx import trace_onnx
 
 PRECISIONS = ("float32", "float16")
 
 
 def write_openvino(
-    network: nn.Module, signature: Signature, path: Path, *, precision: str = "float32"
+    network: nn.Module,
+    signature: Signature,
+    path: Path,
+    *,
+    precision: str = "float32",
+    consume: bool = False,
 ) -> dict[str, Any]:
     """Write a network as OpenVINO IR.
 
@@ -37,6 +42,7 @@ def write_openvino(
         precision: Of the stored weights; inputs and outputs stay as declared. What a sinusoidal
             embedding is made of stays float32: its frequencies, rounded and then multiplied by a
             timestep of 999, cost 20 dB.
+        consume: Give the network's memory back before it is converted; it is of no use afterwards.
 
     Returns:
         What made it: versions, and ``snr_db`` against PyTorch.
@@ -53,14 +59,21 @@ def write_openvino(
     ov = require_silent("openvino", "openvino")
     runtime = plugins.find(plugins.RUNTIMES, "openvino")
     frozen = Frozen(network, signature)
+    expected = expected_of(frozen)
     with written_beside(path) as made:
-        model = _convert(ov, frozen, made.parent)
-        if precision == "float16":
-            _halve_weights(ov, model)
-        with native_writer("OpenVINO", path):
-            ov.save_model(model, made, compress_to_fp16=False)
+        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
+            graph = Path(folder) / "network.onnx"
+            trace_onnx(frozen, graph)
+            if consume:
+                frozen.release()
+            model = _convert(ov, graph, frozen)
+            if precision == "float16":
+                _halve_weights(ov, model)
+            with native_writer("OpenVINO", path):
+                ov.save_model(model, made, compress_to_fp16=False)
+            del model
         session = runtime.open(made, signature, {})
-        snr_db = check_against(frozen, session, floor_of(precision).raw, path.name)
+        snr_db = check_against(expected, session, floor_of(precision).raw, path.name)
     return {
         "converter": "openvino.convert_model from ONNX",
         "torch": torch.__version__,
@@ -69,11 +82,8 @@ def write_openvino(
     }
 
 
-def _convert(ov: Any, frozen: Frozen, place: Path) -> Any:
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        onnx_file = Path(folder) / "network.onnx"
-        trace_onnx(frozen, onnx_file)
-        model = ov.convert_model(onnx_file)
+def _convert(ov: Any, graph: Path, frozen: Frozen) -> Any:
+    model = ov.convert_model(graph)
     model.set_friendly_name(type(frozen.network).__name__)
     for port, spec in zip(model.inputs, frozen.signature.inputs, strict=True):
         port.get_tensor().set_names({spec.name})

@@ -1,5 +1,6 @@
 """Weights into an ONNX file one at a time: moved as the graph would move them, in one file beside it where they are large."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -50,11 +51,9 @@ def save_graph(model: Any, weights: Mapping[str, Tensor], path: Path) -> None:
     size = sum(value.nbytes for value in weights.values()) + sum(
         len(item.raw_data) for item in graph.initializer
     )
-    if size > EXTERNAL_ABOVE:
-        with path.with_name(f"{path.name}_data").open("wb") as stream:
-            graph.initializer.extend(_external(name, sources[name](), stream) for name in used)
-    else:
-        graph.initializer.extend(_inline(name, sources[name]()) for name in used)
+    data = path.with_name(f"{path.name}_data") if size > EXTERNAL_ABOVE else None
+    with data.open("wb") if data else contextlib.nullcontext() as stream:
+        graph.initializer.extend(_stored(name, sources[name](), stream) for name in used)
     require("onnx", "onnx").save(model, path)
 
 
@@ -145,15 +144,11 @@ def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
     items.extend(kept)
 
 
-def _inline(name: str, value: np.ndarray) -> Any:
-    return require("onnx.numpy_helper", "onnx").from_array(np.asarray(value, order="C"), name)
-
-
-def _external(name: str, value: np.ndarray, stream: BinaryIO) -> Any:
-    """Append a tensor to the file of weights and return what points to it."""
-    if value.nbytes < _INLINE_BELOW:
-        return _inline(name, value)
+def _stored(name: str, value: np.ndarray, stream: BinaryIO | None) -> Any:
+    """Return a tensor of the graph, or one that points to where it was appended to the file of weights."""
     onnx = require("onnx", "onnx")
+    if stream is None or value.nbytes < _INLINE_BELOW:
+        return onnx.numpy_helper.from_array(np.asarray(value, order="C"), name)
     stream.write(bytes(-stream.tell() % _PAGE))
     kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
     pointer = onnx.TensorProto(
