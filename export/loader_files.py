@@ -50,7 +50,7 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
             _write_openvino_tokenizer(root / name)
     write_json(root / SCHEDULER, _scheduler(student))
     for name in _HALVES:
-        if name in student.signatures and {"onnx", "openvino"} & set(formats):
+        if name in student.signatures:
             (root / name).mkdir(exist_ok=True)
             shutil.copy2(student.folder(name) / "config.json", root / name / "config.json")
     if "coreml" in formats:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
-from edgedistill.errors import BundleError, ConfigError
+from edgedistill.errors import BundleError, ConfigError, ContractError
 from edgedistill.files import read_json
+from edgedistill.layout.checking import check_layout
+from edgedistill.models import store
 from edgedistill.models.source import open_source
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
@@ -67,19 +71,22 @@ def student_of(pipelines: Path, kind: str) -> Student:
 class Exported:
     """A single root, and how its kind is called."""
 
-    def __init__(self, kind: str, bundle: Bundle) -> None:
+    def __init__(
+        self, kind: str, bundle: Bundle, samplers: Mapping[int, str] | None = None
+    ) -> None:
         self.bundle, self.root = bundle, bundle.root
         _, _, self.scale, self.steps = KINDS[kind]
+        self.samplers = samplers or {steps: f"steps{steps}" for steps in self.steps}
 
     def noise(self, steps: int) -> list[np.ndarray]:
-        return noise_bank(self.bundle.samplers[f"steps{steps}"], [5])
+        return noise_bank(self.bundle.samplers[self.samplers[steps]], [5])
 
     def ours(self, runtime: str, steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the last latents, and the picture in [0, 1] with its channels last."""
         states = []
         made = load(self.bundle, runtime)(
             prompt=PROMPT,
-            sampler=f"steps{steps}",
+            sampler=self.samplers[steps],
             noise=self.noise(steps),
             observe=lambda trace: states.append(trace.next),
         )
@@ -276,8 +283,6 @@ def test_the_index_names_stock_classes_only(onnx_root: Bundle) -> None:
 def test_another_format_joins_and_another_precision_is_refused(
     onnx_root: Bundle, tiny_pipelines, tmp_path
 ) -> None:
-    import shutil
-
     target = shutil.copytree(onnx_root.root, tmp_path / "root")
     student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
     half = ExportOptions(layout=SINGLE_ROOT, dtype="float16")
@@ -293,6 +298,74 @@ def test_another_format_joins_and_another_precision_is_refused(
         export_student(
             student, tmp_path / "text_encoder_1", ["onnx"], ExportOptions(layout=SINGLE_ROOT)
         )
+
+
+def test_no_loader_objects(onnx_root: Bundle) -> None:
+    found = check_layout(onnx_root.root, ["diffusers", "ort"])
+    assert [finding for finding in found if finding.level == "error"] == []
+
+
+@pytest.mark.slow
+def test_apples_packages_hold_one_guidance_scale(tiny_pipelines, tmp_path) -> None:
+    student = open_source(tiny_pipelines / "lcm", num_steps=1, guidance_scale=4.5)
+    made = export_student(student, tmp_path / "root", ["coreml"], ExportOptions(layout=SINGLE_ROOT))
+    packages = {path.name for path in (made.root / "coreml/packages").iterdir()}
+    assert packages == {f"Stable_Diffusion_version_model_{name}.mlpackage" for name in NETWORKS}
+    assert {path.name for path in (made.root / "coreml/Resources").iterdir()} == {
+        "vocab.json",
+        "merges.txt",
+    }
+    assert (made.root / "coreml/compile_on_mac.sh").stat().st_mode & 0o100
+    errors = [item for item in check_layout(made.root, ["swift"]) if item.level == "error"]
+    assert errors == []
+    signature = made.artifacts["coreml-float16"].networks["unet"].signature
+    assert signature.input("w") is None
+    assert made.table.guidance.range == (4.5, 4.5)
+    ours, reference = (
+        load(made, runtime)(prompt=PROMPT, seed=5).array for runtime in ("coreml", "torch")
+    )
+    assert snr_db(reference, ours) >= 45.0
+    with pytest.raises(ContractError, match=r"must lie in the trained range \[4.5, 4.5\]"):
+        load(made, "torch")(prompt=PROMPT, guidance_scale=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "openvino"])
+def test_free_sizes_make_pictures_of_any(tiny_pipelines, tmp_path, form, monkeypatch) -> None:
+    student = open_source(tiny_pipelines / "sd", num_steps=2, scheduler=DDIM)
+    options = ExportOptions(layout=SINGLE_ROOT, free_sizes=True)
+    root = export_student(student, tmp_path / "root", [form], options).root
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    noise = torch.randn(2, 4, 20, 12, generator=torch.Generator().manual_seed(0))
+    made = []
+    for name in ("diffusers", {"onnx": "optimum-onnx", "openvino": "optimum-intel"}[form]):
+        pipe = LOADERS[name](root)
+        pipe.set_progress_bar_config(disable=True)
+        settings = {"height": 40, "width": 24, "num_inference_steps": 2, "guidance_scale": 1.0}
+        made.append(pipe([PROMPT] * 2, latents=noise, output_type="np", **settings).images)
+    assert made[0].shape == (2, 40, 24, 3)
+    np.testing.assert_allclose(made[1], made[0], atol=LATENTS)
+
+
+@pytest.mark.slow
+def test_a_student_with_guidance_as_input_is_a_latent_consistency_model(
+    tiny_pipelines, tmp_path, monkeypatch
+) -> None:
+    source = open_source(tiny_pipelines / "lcm", num_steps=1, guidance_scale=4.5)
+    folder = shutil.copytree(tiny_pipelines / "lcm", tmp_path / "student")
+    store.save(store.load(folder / "unet"), folder / "unet")
+    config = read_json(folder / "unet/config.json")
+    assert config["_class_name"] == "ExtendedUNet2DConditionModel"
+    dataclasses.replace(source, root=folder).write_manifest()
+    student = Student.open(folder)
+    assert layout_for(student, tmp_path / "root", None) == SINGLE_ROOT
+    made = export_student(student, tmp_path / "root", ["onnx"], ExportOptions(layout=SINGLE_ROOT))
+    exported = Exported("lcm", made, {1: "default"})
+    pipe = open_diffusers(made.root)
+    assert type(pipe).__name__ == "LatentConsistencyModelPipeline"
+    picture = exported.theirs(pipe, 1, monkeypatch)[1]
+    for runtime in ("torch", "onnxruntime"):
+        np.testing.assert_allclose(exported.ours(runtime, 1)[1].clip(0, 1), picture, atol=LATENTS)
 
 
 def test_pixel_students_stay_bundles(student, tmp_path) -> None:
@@ -337,8 +410,6 @@ def test_what_no_loader_could_run_stays_a_bundle(tiny_pipelines, tmp_path) -> No
 
 def test_the_openvino_tokenizer_reads_as_ours(onnx_root: Bundle, tmp_path) -> None:
     pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
-    import shutil
-
     import openvino as ov
 
     import export.loader_files as files
