@@ -29,6 +29,7 @@ from edgedistill.student import Student
 from edgedistill.table import Condition, Guidance, SamplerTable, Stage
 from edgedistill.text import Tokenizer
 from export.assemble import export_student
+from export.formats import ExportOptions
 from quantize.assemble import quantize_bundle
 from quantize.config import PtqConfig, WeightOnlyConfig
 from runtimes.verify import verify
@@ -216,6 +217,25 @@ def test_latents_come_out_as_images(tmp_path):
     assert np.allclose(made, by_hand["sample"].clip(-1, 1), atol=1e-6)
     with pytest.raises(ConfigError, match="this one works on latents"):
         pipeline(image=np.zeros((1, 8, 8)), strength=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [
+        ("guided", ["noise_0", "class_labels", "w"]),
+        ("cascade", ["noise_0", "noise_1", "noise_2"]),
+        ("latent", ["noise_0", "class_labels"]),
+    ],
+)
+def test_many_networks_become_one_graph(kind, taken, tmp_path):
+    student = KINDS[kind](tmp_path / kind)
+    options = ExportOptions(single_graph="default")
+    bundle = export_student(student, tmp_path / "bundle", ["onnx"], options)
+    (report,) = verify([bundle], artifacts=["onnx-float32-graph"]).artifacts
+    assert (report.failures, report.rows) == ((), ())
+    assert report.image.snr_db >= 100
+    (graph,) = bundle.artifacts["onnx-float32-graph"].networks.values()
+    assert [spec.name for spec in graph.signature.inputs] == taken
 
 
 def test_every_network_is_made_smaller(bundle, tmp_path):
