@@ -14,12 +14,15 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+import edgedistill
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
 from edgedistill.models.run import sample_torch
 from edgedistill.models.source import open_network, open_source
 from edgedistill.models.variant import Lora, open_variant
 from edgedistill.student import Student
+from export.assemble import export_student
+from export.formats import ExportOptions
 
 # diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -90,6 +93,21 @@ def test_it_samples_what_the_pipeline_samples(
     ).images
     np.testing.assert_allclose(made.transpose(0, 2, 3, 1) / 2 + 0.5, images, atol=1e-4)
     assert np.abs(images[0] - images[1]).max() > 0.05
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("sdxl", 4.0), ("lcm", 3.0), ("dit", 4.0)])
+def test_it_is_exported_with_prompts_in_and_images_out(
+    kind: str, scale: float, tiny_pipelines: Path, tmp_path: Path
+) -> None:
+    student = open_source(tiny_pipelines / kind, num_steps=2, guidance_scale=scale)
+    bundle = export_student(student, tmp_path / "out", ["onnx"], ExportOptions(batch=None))
+    noise = drawn(student)
+    expected = samples(student, noise)
+    given = {"class_labels": CLASSES} if kind == "dit" else {"prompt": PROMPTS}
+    for runtime in ("torch", "onnxruntime"):
+        made = edgedistill.load(bundle, runtime)(noise=[array.numpy() for array in noise], **given)
+        np.testing.assert_allclose(made.array, expected, atol=1e-4)
+        assert made.images[0].size == (16, 16)
 
 
 def test_nothing_is_copied_and_the_fingerprint_is_of_weights_and_table(
