@@ -71,6 +71,7 @@ RUNS: dict[str, Run] = {
     "stochastic": Run(
         "digits_guided",
         ("name=digits-stochastic", "guided.sampler=stochastic", "guided.steps=[4]"),
+        seeds=ONE,
         seconds=80,
     ),
     "small": Run("digits_small", seconds=40),
@@ -78,7 +79,7 @@ RUNS: dict[str, Run] = {
         "digits_guide",
         students=(("32-step", DEFAULT), ("16-step", DEFAULT), (".", DEFAULT)),
         bars="guide",
-        seconds=90,
+        seconds=85,
     ),
     "dmd2": Run("digits_dmd2", bars="dmd2", seconds=105),
     "dmd2-4": Run(
@@ -136,9 +137,10 @@ RUNS: dict[str, Run] = {
         students=(("4-step", DEFAULT), ("2-step", DEFAULT), (".", DEFAULT)),
         section="captioned_digits",
         seeds=ONE,
+        seconds=190,
     ),
-    "captioned-dmd2": Run("captioned_dmd2", section="captioned_digits", seeds=ONE),
-    "captioned-msd": Run("captioned_msd", section="captioned_digits", seeds=ONE),
+    "captioned-dmd2": Run("captioned_dmd2", section="captioned_digits", seeds=ONE, seconds=150),
+    "captioned-msd": Run("captioned_msd", section="captioned_digits", seeds=ONE, seconds=215),
     **{
         f"msd-{students}-of-{total}": Run(
             "digits_msd",

@@ -99,26 +99,16 @@ def following_rows(lines: Sequence[Line], _: Baselines | None) -> Rows:
         own = [line for line in lines if line["task"] == task]
         for line in own:
             trained = f"{100 * line['trained']:.0f} %"
-            yield [
-                task.replace("_", "-"),
-                line["name"],
-                str(line["seed"]),
-                trained,
-                *followed(line),
-            ]
+            told = [task.replace("_", "-"), line["run"], str(line["seed"]), trained]
+            yield [*told, *followed(line)]
         for name, teacher in own[0]["teachers"].items():
-            yield [
-                "",
-                f"{name}: {teacher['name'].removeprefix('teacher, ')}",
-                "",
-                "",
-                *followed(teacher),
-            ]
+            way = teacher["name"].removeprefix("teacher, ")
+            yield ["", f"{name}: {way}", "", "", *followed(teacher)]
 
 
 def followed(item: Mapping[str, Any]) -> list[str]:
     """Return the figures of a `Following`."""
-    errors = (f"{item[name]:.4f}" for name in ("control_error", "error"))
+    errors = (f"{item[name]:.5f}" for name in ("control_error", "error"))
     return [str(item["nfe"]), number(item["frechet"]), *errors, number(item["imposed"])]
 
 
