@@ -71,5 +71,6 @@ def _print(loader: str, findings: Sequence[Finding]) -> None:
 
 def _count(findings: Sequence[Finding]) -> str:
     levels = [item.level for item in findings]
-    told = [f"{levels.count(level)} {level}s" for level in ("error", "warning") if level in levels]
+    counts = {level: levels.count(level) for level in ("error", "warning")}
+    told = [f"{count} {level}{'s' * (count > 1)}" for level, count in counts.items() if count]
     return ", ".join(told) or "fine"

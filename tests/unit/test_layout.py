@@ -790,7 +790,7 @@ def test_the_command_prints_findings_and_fails_on_errors(folder, capsys):
     assert capsys.readouterr().out.split() == [w for name in LOADERS for w in (f"{name}:", "fine")]
     _external("a", "b")(root)
     assert main(["check-layout", str(root), "--loader", "ort"]) == 0
-    assert "ort: 1 warnings\n  warning: unet/model.onnx\n" in capsys.readouterr().out
+    assert "ort: 1 warning\n  warning: unet/model.onnx\n" in capsys.readouterr().out
     (root / "unet/model.onnx").unlink()
     assert main(["check-layout", str(root), "--loader", "all", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
