@@ -26,6 +26,7 @@ _DTYPES = ("float32", "int32")
 _EMBEDDING_OPS = ("sin", "cos")
 _MEANINGS = {
     "x": "The noised state.",
+    "noise": "Unit Gaussian noise, an entry of the bank.",
     "t": "The label of the time.",
     "class": "The index of the class.",
     "w": "The guidance weight, guidance scale - 1.",
@@ -36,7 +37,7 @@ _MEANINGS = {
     "text": "The embedding of each token of the prompt.",
     "pooled": "The embedding of the prompt.",
     "size": "Height, width, top, left, height, width: of the picture, its crop, and what is made of it.",
-    "image": "The image that is the condition.",
+    "image": "The image.",
     "mask": "1 where something is drawn, 0 where the image is kept.",
     "residual": "What is added to a skip connection.",
     "latent": "The latent.",
@@ -192,7 +193,9 @@ def _leading_to(operations: Any, kinds: tuple[str, ...]) -> set[str]:
 
 def _describe(model: Any, signature: Signature) -> None:
     """Say what it is, and nothing of when and where it was made."""
-    model.short_description = "One step of a distilled diffusion model, written by edgedistill."
+    whole = any(spec.kind == "noise" for spec in signature.inputs)
+    what = "A whole sampler" if whole else "A network"
+    model.short_description = f"{what} of a distilled diffusion model, written by edgedistill."
     model.version = edgedistill.__version__
     for spec in signature.inputs:
         model.input_description[spec.name] = _MEANINGS.get(spec.kind, "")

@@ -15,6 +15,7 @@ from edgedistill.bundle import Bundle
 from edgedistill.cli import main
 from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ConfigError, ContractError
+from edgedistill.mlpackage import read_package
 from edgedistill.models import store
 from edgedistill.router import Router
 from edgedistill.student import Student
@@ -100,6 +101,10 @@ def test_on_core_ml_too(rows, tmp_path):
         "coreml-float32-graph-two",
     ]
     assert report.artifacts[1].image.snr_db >= 100
+    package = read_package(bundle.path("coreml/float16-graph-two/generator.mlpackage"))
+    description = package.get_spec().description
+    assert description.metadata.shortDescription.startswith("A whole sampler of a distilled")
+    assert [item.name for item in description.input] == ["noise_0", "noise_1", "class_labels", "w"]
 
 
 @pytest.mark.slow
