@@ -107,6 +107,7 @@ class Bundle:
         artifacts: By name.
         provenance: Where the student came from, what made it, versions.
         further: Other samplers over the same networks (``samplers/NAME.json``), by name.
+        unverified: What the manifest says of the files whose hashes have not been taken yet, by path.
     """
 
     root: Path
@@ -116,6 +117,7 @@ class Bundle:
     artifacts: Mapping[str, Artifact]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     further: Tables = field(default_factory=dict)
+    unverified: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def samplers(self) -> Tables:
@@ -123,8 +125,13 @@ class Bundle:
         return {DEFAULT: self.table, **dict(sorted(self.further.items()))}
 
     @classmethod
-    def open(cls, root: Path | str) -> "Bundle":
+    def open(cls, root: Path | str, *, whole: bool = True) -> "Bundle":
         """Open a bundle whose schema and every hash hold.
+
+        Args:
+            root: Its folder.
+            whole: Take the hash of every file now. Else of manifest and tables, and of any other file when
+                `path` first gives it out; that all are there in their sizes is checked in either case.
 
         Raises:
             BundleError: If the manifest is missing, malformed or newer than this release, names a
@@ -133,22 +140,33 @@ class Bundle:
         root = Path(root)
         data = _read_manifest(root)
         try:
-            return _checked(root, data)
+            bundle = _checked(root, data)
+            if whole:
+                bundle._verify(list(bundle.unverified))
         except (KeyError, TypeError, AttributeError) as error:
             msg = f"{root / MANIFEST}: malformed ({type(error).__name__}: {error}); make the bundle anew."
             raise BundleError(msg) from error
+        return bundle
 
     def path(self, relative: str) -> Path:
-        """Return the path of a file in the bundle.
+        """Return the path of a file in the bundle, or of a folder; what is read of it fits its hash.
 
         Raises:
-            BundleError: If it lies outside of the bundle or is missing.
+            BundleError: If it lies outside of the bundle, is missing, or differs from its hash.
         """
         path = inside(self.root, relative)
         if not path.exists():
             msg = f"{path}: no such file in the bundle."
             raise BundleError(msg)
+        for part in _members(path):
+            name = part.relative_to(self.root).as_posix()
+            self._verify([held for held in self.unverified if _holds(name, held)])
         return path
+
+    def _verify(self, names: Iterable[str]) -> None:
+        for name in names:
+            _check_hash(self.root / name, self.unverified[name])
+            del self.unverified[name]
 
     def artifact(self, name: str | None = None, runtime: str | None = None) -> Artifact:
         """Return an artifact by name, or the first one of a runtime.
@@ -168,6 +186,11 @@ class Bundle:
             msg = f"{self.root}: no {wanted}; the bundle holds: {held or 'nothing'}."
             raise BundleError(msg)
         return fitting[0]
+
+    @property
+    def single_root(self) -> bool:
+        """Whether the loaders of pipelines open it, as ``edgedistill export --layout single-root`` lays it out."""
+        return (self.root / "model_index.json").is_file()
 
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
@@ -217,7 +240,8 @@ def write_bundle(
 
     Args:
         target: Folder to make or replace; an existing one must be empty or a bundle.
-        base: What the new bundle starts from: its tables, tokenizers, probes, provenance.
+        base: What the new bundle starts from: its tables, tokenizers, probes, provenance; of a bundle also
+            every file that belongs to no artifact, such as what the loaders of pipelines read.
         fill: Puts files under ``draft.root`` and records them with ``draft.add``.
         keep: Names of the artifacts of `base` that the new bundle keeps.
 
@@ -230,11 +254,7 @@ def write_bundle(
         raise BundleError(msg)
     kept = {name: base.artifacts[name] for name in keep}
     with written_aside(target) as aside:
-        probes = [CALIBRATION, *map(golden_file, base.samplers)]
-        for name in probes:
-            if (base.root / name).exists():
-                _copy(base.root / name, aside / name)
-        for name in tokenizers_of(base.samplers):
+        for name in _loose(base):
             _copy(base.path(name), aside / name)
         paths = {net.path for artifact in kept.values() for net in artifact.networks.values()}
         for path in {part for name in paths for part in _members(base.path(name))}:
@@ -242,7 +262,7 @@ def write_bundle(
         draft = Draft(aside, dict(kept))
         fill(draft)
         write_manifest(dataclasses.replace(base, root=aside, artifacts=draft.artifacts))
-    return Bundle.open(target)
+    return Bundle.open(target, whole=False)
 
 
 def write_manifest(bundle: Bundle) -> None:
@@ -289,7 +309,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
-    """Return the bundle of a manifest, whose every hash holds."""
+    """Return the bundle of a manifest that holds, with every file in its size and the tables unchanged."""
     held, files = data["artifacts"], data["files"]
     paths = [net["path"] for item in held.values() for net in item["networks"].values()]
     further = further_names(files)
@@ -299,7 +319,11 @@ def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
     for name in (DEFAULT, *further):
         _refuse_newer_table(root / table_file(name))
     _check_seal(root / MANIFEST, data)
-    _verify(root, files)
+    for name, expected in files.items():
+        _check_size(inside(root, name), expected)
+    tables = [name for name in map(table_file, (DEFAULT, *further)) if name in files]
+    for name in tables:
+        _check_hash(root / name, files[name])
     bundle = Bundle(
         root,
         data["name"],
@@ -308,6 +332,7 @@ def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
         {name: Artifact.from_json(name, item) for name, item in held.items()},
         data["provenance"],
         load_further(root, further),
+        {name: expected for name, expected in files.items() if name not in tables},
     )
     for path in (TABLE, *tokenizers_of(bundle.samplers), *paths):
         _refuse_unlisted(root, path, files)
@@ -329,21 +354,30 @@ def _check_seal(source: Path, data: Mapping[str, Any]) -> None:
         raise BundleError(msg)
 
 
-def _verify(root: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, expected in files.items():
-        path = inside(root, name)
-        if not path.is_file():
-            msg = f"{path}: missing; the manifest lists it, get the bundle anew."
-            raise BundleError(msg)
-        if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
-            msg = f"{path}: damaged: its SHA-256 is not the manifest's; get the bundle anew."
-            raise BundleError(msg)
+def _check_size(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        msg = f"{path}: missing; the manifest lists it, get the bundle anew."
+        raise BundleError(msg)
+    if (held := path.stat().st_size) != expected["bytes"]:
+        msg = f"{path}: damaged: it has {held} bytes, by the manifest {expected['bytes']}; get the bundle anew."
+        raise BundleError(msg)
+
+
+def _check_hash(path: Path, expected: Mapping[str, Any]) -> None:
+    if sha256(path) != expected["sha256"]:
+        msg = f"{path}: damaged: its SHA-256 is not the manifest's; get the bundle anew."
+        raise BundleError(msg)
 
 
 def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
-    if not any(name == path or name.startswith(path.rstrip("/") + "/") for name in files):
+    if not any(_holds(path, name) for name in files):
         msg = f"{root / path}: used by the bundle, but its manifest holds no hash of it; get the bundle anew."
         raise BundleError(msg)
+
+
+def _holds(path: str, name: str) -> bool:
+    """Whether a file is what a path names, or lies in the folder that it names."""
+    return name == path or name.startswith(path.rstrip("/") + "/")
 
 
 def weights_in(folder: Path) -> list[Path]:
@@ -354,12 +388,26 @@ def weights_in(folder: Path) -> list[Path]:
 
 
 def _members(path: Path) -> list[Path]:
-    """Return a network's files: a package, what a folder holds of weights, or a graph and the weights beside it."""
+    """Return what is read of a path: of a network's folder its weights, with a graph those beside it, else all."""
     if path.is_dir():
-        return [path] if path.suffix else weights_in(path)
+        return weights_in(path) if (path / "config.json").is_file() else [path]
     beside = {".onnx": path.with_name(f"{path.name}_data"), ".xml": path.with_suffix(".bin")}
     weights = beside.get(path.suffix)
     return [path] if weights is None or not weights.is_file() else [path, weights]
+
+
+def _loose(base: Bundle) -> Iterable[str]:
+    """Return what belongs to no artifact: of a bundle all of it, of something else what a bundle needs of it."""
+    root = base.root
+    if not (root / MANIFEST).is_file():
+        probes = [CALIBRATION, *map(golden_file, base.samplers)]
+        return [*(name for name in probes if (root / name).exists()), *tokenizers_of(base.samplers)]
+    data = _read_manifest(root)
+    held = [net["path"] for item in data["artifacts"].values() for net in item["networks"].values()]
+    owned = {part for path in held for part in _members(root / path)}
+    return [
+        name for name in data["files"] if owned.isdisjoint([root / name, *(root / name).parents])
+    ]
 
 
 def _bytes(path: Path) -> int:

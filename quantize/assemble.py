@@ -128,6 +128,8 @@ def quantize_bundle(
         raise ConfigError(msg)
     reference = {k: item for k, item in bundle.artifacts.items() if k == REFERENCE}
     base = start_from(target, replace(bundle, artifacts=reference), overwrite=overwrite)
+    if bundle.single_root:
+        jobs = tuple(_in_place(job, base) for job in jobs)
 
     def fill(draft: Draft) -> None:
         for job in progress(jobs, "quantize"):
@@ -161,6 +163,14 @@ def _result(source: Artifact, precision: str) -> Artifact:
     }
     name = f"{source.format}-{precision}"
     return Artifact(name, source.runtime, source.format, precision, networks)
+
+
+def _in_place(job: Job, base: Bundle) -> Job:
+    """Let smaller networks lie where loaders look for them, if nothing of their format does."""
+    taken = {item.format for item in base.artifacts.values() if item.name != job.result.name}
+    if job.result.format in taken:
+        return job
+    return replace(job, result=replace(job.result, networks=job.source.networks))
 
 
 def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progress) -> Artifact:

@@ -432,3 +432,26 @@ def test_another_size_is_another_signature(tiny_pipelines) -> None:
     assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
     with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
         resized(student, 30, None)
+
+
+@pytest.mark.slow
+def test_smaller_networks_take_the_place_of_their_sources(exports, tmp_path, monkeypatch) -> None:
+    from quantize.assemble import quantize_bundle
+    from quantize.config import WeightOnlyConfig
+
+    exported = exports("sd")
+    made = quantize_bundle(
+        exported.bundle, tmp_path / "root", WeightOnlyConfig(), only=["openvino"]
+    )
+    networks = made.artifacts["openvino-int8-weights"].networks
+    assert networks["unet"].path == "unet/openvino_model.xml"
+    smaller = Exported("sd", made)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    theirs = exported.theirs(open_ov(made.root), 2, monkeypatch)[1]
+    np.testing.assert_allclose(theirs, smaller.ours("openvino", 2)[1].clip(0, 1), atol=LATENTS)
+    assert np.abs(theirs - exported.ours("openvino", 2)[1]).max() > LATENTS
+    both = quantize_bundle(exported.bundle, exported.root, WeightOnlyConfig(), only=["openvino"])
+    assert both.artifacts["openvino-int8-weights"].networks["unet"].path == (
+        "openvino/int8-weights/unet.xml"
+    )
+    assert both.single_root

@@ -10,7 +10,7 @@ from edgedistill import bundle as bundles
 from edgedistill.bundle import MANIFEST, Artifact, Bundle, NetworkFile, seal, write_bundle
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError
-from edgedistill.files import write_json
+from edgedistill.files import sha256, write_json
 from edgedistill.table import Row, SamplerTable, Stage
 
 SIGNATURE = Signature(
@@ -103,6 +103,49 @@ def test_one_flipped_bit_is_found_in_every_file(small, name):
             Bundle.open(small.root)
     path.write_bytes(whole)
     assert Bundle.open(small.root).name == "small"
+
+
+def flip(path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_not_read_is_not_hashed(small, name):
+    flip(small.root / name)
+    if name == "sampler.json":
+        with pytest.raises(BundleError, match=f"{name}: damaged"):
+            Bundle.open(small.root, whole=False)
+        return
+    opened = Bundle.open(small.root, whole=False)
+    network = "onnx/float32/unet.onnx" if name.startswith("onnx") else "torch/float32/unet"
+    damaged = "probes" if name.startswith("probes") else network
+    for path in {"onnx/float32/unet.onnx", "torch/float32/unet", "probes"} - {damaged}:
+        assert opened.path(path) == small.root / path
+    for _ in range(2):
+        with pytest.raises(BundleError, match=f"{name}: damaged: its SHA-256"):
+            opened.path(damaged)
+
+
+def test_a_hash_is_taken_once(small, monkeypatch):
+    taken = []
+    monkeypatch.setattr(bundles, "sha256", lambda path: taken.append(path.name) or sha256(path))
+    opened = Bundle.open(small.root, whole=False)
+    for _ in range(2):
+        opened.path("onnx/float32/unet.onnx")
+    assert taken == ["sampler.json", "unet.onnx", "unet.onnx_data"]
+    Bundle.open(small.root)
+    assert sorted(taken[3:]) == sorted(name.rsplit("/", 1)[-1] for name in FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_file_of_another_size_is_found_whether_read_or_not(small, name, whole):
+    with (small.root / name).open("ab") as stream:
+        stream.write(b" ")
+    with pytest.raises(BundleError, match=f"{name}: damaged: it has"):
+        Bundle.open(small.root, whole=whole)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -286,4 +329,5 @@ def test_each_format_counts_and_keeps_its_own_where_they_lie_side_by_side(tmp_pa
     assert made.size(made.artifact(f"{form}-float32")) == size
     alone = write_bundle(tmp_path / "alone", made, lambda _: None, [f"{form}-float32"])
     kept = {name for name in snapshot(alone.root) if name in SIDE_BY_SIDE}
-    assert sum(SIDE_BY_SIDE[name] for name in kept) == size
+    # The variant belongs to no artifact, so it stays.
+    assert sum(SIDE_BY_SIDE[name] for name in kept) == size + 4
