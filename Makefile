@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Without bytecode files the first import of diffusers alone takes some 15 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quality teacher bench-cold bench-train clean
+.PHONY: demo test check quality teacher bench-cold bench-train bench-export clean
 
 demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
 	$(BIN)/edgedistill demo -o demo
@@ -30,6 +30,9 @@ bench-cold: .venv/done  ## Process start to picture, against a bare script.
 
 bench-train: .venv/done  ## A step through the trainer against the same step in plain PyTorch.
 	$(BIN)/python examples/bench_train.py
+
+bench-export: .venv/done  ## Stable Diffusion 1.5 at full size: memory and time of its export, beside the usual exporters.
+	$(BIN)/python examples/bench_export.py
 
 .venv/done: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgedistill needs Python 3.11 or newer; set PYTHON=python3.11")'

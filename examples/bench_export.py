@@ -1,0 +1,196 @@
+"""Peak memory and time of the export of Stable Diffusion 1.5 at full size, beside the usual exporters.
+
+python examples/bench_export.py [--components unet ...] [--formats onnx ...] [--folder DIR] [--json]
+
+The networks are of the real architecture with random weights, drawn as PyTorch draws them, so that activations
+stay sane. Each export runs in a fresh process, one after another: optimum's for ONNX and OpenVINO, plain
+coremltools for Core ML, then ours. Ours includes one call beside PyTorch; the others check nothing here.
+Exit status 1 if ours takes more than 0.8 of the memory or of the processor time.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgedistill.contract import Signature, TensorSpec
+from edgedistill.files import read_json
+from edgedistill.models import store
+from edgedistill.teacher import ARCHITECTURES
+from edgedistill.terminal import aligned
+
+LIMIT = 0.8
+ARCHITECTURE = ARCHITECTURES / "stable-diffusion-v1-5"
+# Component: its folder, and its kind and task in optimum.
+COMPONENTS = {
+    "unet": ("unet", "unet-2d-condition", "semantic-segmentation"),
+    "text_encoder": ("text_encoder", "clip-text", "feature-extraction"),
+    "vae_decoder": ("vae", "vae-decoder", "semantic-segmentation"),
+}
+FORMATS = {"onnx": "optimum", "openvino": "optimum", "coreml": "coremltools"}
+SUFFIXES = {"onnx": "onnx", "openvino": "xml", "coreml": "mlpackage"}
+TOKENS = 77
+DECODER = Signature(
+    (TensorSpec("latent", (1, 4, 64, 64), "float32", "latent"),),
+    (TensorSpec("image", (1, 3, 512, 512), "float32", "image"),),
+)
+
+
+def build(folder: Path, component: str) -> None:
+    """Write a component with random weights, unless it is there."""
+    name = COMPONENTS[component][0]
+    if not (folder / name).is_dir():
+        torch.manual_seed(0)
+        store.save(store.build(read_json(ARCHITECTURE / name / "config.json")), folder / name)
+
+
+def opened(folder: Path, component: str) -> tuple[nn.Module, Signature]:
+    """Return a component and what it takes and gives, of batch 1."""
+    network = store.load(folder / COMPONENTS[component][0])
+    if component == "vae_decoder":
+        return store.facing(network, DECODER), DECODER
+    return network, store.signature(network).with_batch(1).bind(length=TOKENS)
+
+
+def by_edgedistill(folder: Path, component: str, form: str, target: Path) -> None:
+    """Export as `edgedistill export` does."""
+    from export import to_coreml, to_onnx, to_openvino
+
+    writers = {
+        "onnx": to_onnx.write_onnx,
+        "openvino": to_openvino.write_openvino,
+        "coreml": to_coreml.write_coreml,
+    }
+    made = writers[form](*opened(folder, component), target, consume=True)
+    print(made["snr_db"])
+
+
+def by_optimum(folder: Path, component: str, form: str, target: Path) -> None:
+    """Export by the functions that optimum's `main_export` calls for each component."""
+    import optimum.exporters.onnx
+    import optimum.exporters.openvino
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from optimum.exporters.tasks import TasksManager
+    from transformers import CLIPTextModel
+
+    name, kind, task = COMPONENTS[component]
+    stock = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "vae": AutoencoderKL}
+    network: Any = stock[name].from_pretrained(folder / name)
+    if component == "vae_decoder":
+        network.forward = lambda latent_sample: network.decode(z=latent_sample)
+    if component == "unet":
+        network.config.requires_aesthetics_score = False
+        network.config.text_encoder_projection_dim = 768
+    config_of = TasksManager.get_exporter_config_constructor(
+        model=network, exporter=form, library_name="diffusers", task=task, model_type=kind
+    )
+    config = config_of(network.config, int_dtype="int64", float_dtype="fp32")
+    if form == "onnx":
+        optimum.exporters.onnx.export(network, config, target)
+    else:
+        settings = {"library_name": "diffusers", "stateful": False}
+        optimum.exporters.openvino.convert.export(network, config, target, **settings)
+
+
+def by_coremltools(folder: Path, component: str, _form: str, target: Path) -> None:
+    """Export as the documentation of coremltools shows it."""
+    import coremltools
+
+    from export.frozen import Frozen, examples
+
+    frozen = Frozen(*opened(folder, component))
+    traced = torch.jit.trace(frozen, examples(frozen.signature), check_trace=False)
+    inputs = [coremltools.TensorType(shape=spec.shape) for spec in frozen.signature.inputs]
+    target_os = coremltools.target.iOS17
+    coremltools.convert(
+        traced, inputs=inputs, minimum_deployment_target=target_os, skip_model_load=True
+    ).save(str(target))
+
+
+TOOLS = {"edgedistill": by_edgedistill, "optimum": by_optimum, "coremltools": by_coremltools}
+
+
+def measure(tool: str, folder: Path, component: str, form: str) -> dict[str, float]:
+    """Export once in a fresh process; return peak memory in GB, and processor and wall time in seconds."""
+    with tempfile.TemporaryDirectory(dir=folder) as place, tempfile.TemporaryFile() as said:
+        target = Path(place) / f"model.{SUFFIXES[form]}"
+        words = [sys.executable, __file__, "--one", tool, component, form, folder, target]
+        start = time.perf_counter()
+        child = subprocess.Popen([*map(str, words)], stdout=said, stderr=said)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - start
+        said.seek(0)
+        if child.returncode:
+            raise SystemExit(said.read().decode())
+    memory = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return {"peak_gb": memory, "cpu_s": used.ru_utime + used.ru_stime, "wall_s": wall}
+
+
+def compare(folder: Path, component: str, form: str) -> dict[str, Any]:
+    """Measure the usual exporter and ours."""
+    build(folder, component)
+    usual = measure(FORMATS[form], folder, component, form)
+    ours = measure("edgedistill", folder, component, form)
+    ratios = {name: ours[name] / usual[name] for name in usual}
+    return {
+        "component": component,
+        "format": form,
+        "usual": {"tool": FORMATS[form], **usual},
+        "edgedistill": ours,
+        "ratio": ratios,
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Return the figures as text."""
+    header = ("component", "format", "by", "peak GB", "CPU s", "wall s")
+    rows = []
+    for item in found:
+        for who, figures in (
+            (item["usual"]["tool"], item["usual"]),
+            ("edgedistill", item["edgedistill"]),
+            ("ratio", item["ratio"]),
+        ):
+            shown = (f"{figures[name]:.2f}" for name in ("peak_gb", "cpu_s", "wall_s"))
+            rows.append((item["component"], item["format"], who, *shown))
+    return aligned(header, rows)
+
+
+def main() -> int:
+    """Measure each component in each format and say whether the limit holds."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=[*COMPONENTS])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
+    parser.add_argument("--folder", type=Path, help="of the networks (default: a temporary one)")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        tool, component, form, folder, target = options.one
+        TOOLS[tool](Path(folder), component, form, Path(target))
+        return 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = options.folder or Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = [
+            compare(folder, component, form)
+            for component in options.components
+            for form in options.formats
+        ]
+    print(
+        json.dumps({"limit": LIMIT, "exports": found}, indent=1) if options.json else table(found)
+    )
+    return int(any(item["ratio"][name] > LIMIT for item in found for name in ("peak_gb", "cpu_s")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
