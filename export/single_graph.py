@@ -76,6 +76,7 @@ class Generator(nn.Module):
             name: value.expand(noise[0].shape[0], *value.shape[1:])
             for name, value in self.null.items()
         }
+        # A number in place of a null text fills all that the encoders would make of it.
         if isinstance(self.filling, int | float):
             texts = [spec.name for spec in self.signature.inputs if spec.kind in ("text", "pooled")]
             null |= {NULL + name: given[name] * 0 + self.filling for name in texts}
