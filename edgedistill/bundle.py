@@ -1,8 +1,6 @@
 """The bundle: one folder with artifacts, sampler table, probes, golden tensors and their hashes."""
 
 import dataclasses
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +9,15 @@ from typing import Any
 
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
-from edgedistill.files import inside, read_json, sha256, write_json, written_aside
+from edgedistill.files import inside, read_json, sha256, written_aside
+from edgedistill.manifest import (
+    MANIFEST,
+    check_hash,
+    check_seal,
+    check_size,
+    read_manifest,
+    seal_manifest,
+)
 from edgedistill.table import SPEC_VERSION, SamplerTable, check_version
 from edgedistill.tables import (
     DEFAULT,
@@ -25,9 +31,6 @@ from edgedistill.tables import (
     tokenizers_of,
 )
 
-MANIFEST = "edgedistill.json"
-FORMAT = "edgedistill-bundle"
-SCHEMA_VERSION = "1.0"
 GOLDEN = golden_file(DEFAULT)
 CALIBRATION = "probes/calibration.safetensors"
 REFERENCE = "torch-float32"
@@ -138,7 +141,7 @@ class Bundle:
                 file outside of the folder, or a file is missing or differs from its hash.
         """
         root = Path(root)
-        data = _read_manifest(root)
+        data = read_manifest(root)
         try:
             bundle = _checked(root, data)
             if whole:
@@ -165,7 +168,7 @@ class Bundle:
 
     def _verify(self, names: Iterable[str]) -> None:
         for name in names:
-            _check_hash(self.root / name, self.unverified[name])
+            check_hash(self.root / name, self.unverified[name])
             del self.unverified[name]
 
     def artifact(self, name: str | None = None, runtime: str | None = None) -> Artifact:
@@ -194,7 +197,7 @@ class Bundle:
 
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
-        paths = {self.path(net.path) for net in artifact.networks.values()}
+        paths = {self.root / net.path for net in artifact.networks.values()}
         return sum(_bytes(item) for path in paths for item in _members(path))
 
 
@@ -277,35 +280,13 @@ def write_manifest(bundle: Bundle) -> None:
         if path.is_file() and path != bundle.root / MANIFEST
     }
     data = {
-        "format": FORMAT,
-        "schema_version": SCHEMA_VERSION,
         "name": bundle.name,
         "fingerprint": bundle.fingerprint,
         "provenance": dict(bundle.provenance),
         "artifacts": {name: item.to_json() for name, item in bundle.artifacts.items()},
         "files": files,
     }
-    write_json(bundle.root / MANIFEST, {**data, "seal": seal(data)})
-
-
-def seal(data: Mapping[str, Any]) -> str:
-    """Return the SHA-256 that guards the manifest itself: over its JSON, sorted, without ``seal``."""
-    body = {key: value for key, value in data.items() if key != "seal"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    source = root / MANIFEST
-    if not source.is_file():
-        found = f"it holds no {MANIFEST}" if root.is_dir() else "no such folder"
-        msg = f"{root}: not a bundle: {found}; make one with `edgedistill export`."
-        raise BundleError(msg)
-    data = read_json(source)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        msg = f"{source}: not an edgedistill manifest; make the bundle anew with `edgedistill export`."
-        raise BundleError(msg)
-    check_version(data.get("schema_version"), SCHEMA_VERSION, str(source))
-    return data
+    seal_manifest(bundle.root, data)
 
 
 def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
@@ -318,12 +299,12 @@ def _checked(root: Path, data: Mapping[str, Any]) -> Bundle:
         inside(root, path)
     for name in (DEFAULT, *further):
         _refuse_newer_table(root / table_file(name))
-    _check_seal(root / MANIFEST, data)
+    check_seal(root, data)
     for name, expected in files.items():
-        _check_size(inside(root, name), expected)
+        check_size(inside(root, name), expected)
     tables = [name for name in map(table_file, (DEFAULT, *further)) if name in files]
     for name in tables:
-        _check_hash(root / name, files[name])
+        check_hash(root / name, files[name])
     bundle = Bundle(
         root,
         data["name"],
@@ -346,27 +327,6 @@ def _refuse_newer_table(path: Path) -> None:
         return  # missing or damaged: its hash will tell
     if isinstance(table, dict) and "spec_version" in table:
         check_version(table["spec_version"], SPEC_VERSION, str(path))
-
-
-def _check_seal(source: Path, data: Mapping[str, Any]) -> None:
-    if data.get("seal") != seal(data):
-        msg = f"{source}: damaged: its contents do not fit its seal; get the bundle anew."
-        raise BundleError(msg)
-
-
-def _check_size(path: Path, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        msg = f"{path}: missing; the manifest lists it, get the bundle anew."
-        raise BundleError(msg)
-    if (held := path.stat().st_size) != expected["bytes"]:
-        msg = f"{path}: damaged: it has {held} bytes, by the manifest {expected['bytes']}; get the bundle anew."
-        raise BundleError(msg)
-
-
-def _check_hash(path: Path, expected: Mapping[str, Any]) -> None:
-    if sha256(path) != expected["sha256"]:
-        msg = f"{path}: damaged: its SHA-256 is not the manifest's; get the bundle anew."
-        raise BundleError(msg)
 
 
 def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
@@ -402,7 +362,7 @@ def _loose(base: Bundle) -> Iterable[str]:
     if not (root / MANIFEST).is_file():
         probes = [CALIBRATION, *map(golden_file, base.samplers)]
         return [*(name for name in probes if (root / name).exists()), *tokenizers_of(base.samplers)]
-    data = _read_manifest(root)
+    data = read_manifest(root)
     held = [net["path"] for item in data["artifacts"].values() for net in item["networks"].values()]
     owned = {part for path in held for part in _members(root / path)}
     return [

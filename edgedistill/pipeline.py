@@ -235,7 +235,7 @@ def load(
     if runtime is not None:
         runtime = plugins.ALIASES.get(runtime, runtime)
         plugins.find(plugins.RUNTIMES, runtime)
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, whole=False)
     ways: dict[str, Any] = {"progress": progress, "low_memory": low_memory}
     if runtime is None and artifact is None:
         return _load_first(opened, options, **ways)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgedistill import bundle
+from edgedistill import manifest
 from edgedistill.compiler import FAMILIES, compile_scheduler
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError, ConfigError
@@ -78,7 +78,7 @@ def open_source(
             msg = f"{root}: a student has the steps, the guidance and the scheduler that it was trained for; leave them out."
             raise ConfigError(msg)
         return Student.open(root)
-    if not root.is_dir() or (root / bundle.MANIFEST).is_file():
+    if not root.is_dir() or (root / manifest.MANIFEST).is_file():
         found = "holds a bundle, which is exported already" if root.is_dir() else "no such folder"
         msg = f"{root}: {found}; give a student's folder, or one that diffusers wrote."
         raise BundleError(msg)

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import edgedistill
-from edgedistill import bundle as bundles
+from edgedistill import manifest
+from edgedistill.bundle import GOLDEN
 from edgedistill.errors import BundleError, ContractError
 from edgedistill.tables import TABLE
+
+NETWORK = "fake/float32/0.txt"
 
 
 @pytest.fixture
@@ -39,10 +42,10 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 def _reseal(root: Path, change) -> None:
     """Change a manifest as somebody would who can also compute its seal."""
-    data = json.loads((root / bundles.MANIFEST).read_text())
+    data = json.loads((root / manifest.MANIFEST).read_text())
     change(data)
-    data["seal"] = bundles.seal(data)
-    (root / bundles.MANIFEST).write_text(json.dumps(data))
+    data["seal"] = manifest.seal(data)
+    (root / manifest.MANIFEST).write_text(json.dumps(data))
 
 
 @pytest.mark.parametrize(
@@ -120,8 +123,13 @@ def test_a_bundle_that_is_not_there(refused, tmp_path, command):
     assert "none: not a bundle: no such folder; make one with `edgedistill export`" in line
 
 
-@pytest.mark.parametrize("command", ["sample", "parity"])
-@pytest.mark.parametrize("victim", ["fake/float32/0.txt", "sampler.json", bundles.GOLDEN])
+@pytest.mark.parametrize(
+    ("command", "victim"),
+    [
+        *((command, name) for command in ("sample", "parity") for name in (NETWORK, TABLE)),
+        ("parity", GOLDEN),  # which `sample` does not read
+    ],
+)
 def test_one_corrupted_byte(refused, handmade, tmp_path, command, victim):
     data = bytearray((handmade / victim).read_bytes())
     data[len(data) // 2] ^= 1
@@ -131,7 +139,7 @@ def test_one_corrupted_byte(refused, handmade, tmp_path, command, victim):
 
 
 def test_one_corrupted_byte_of_the_manifest(refused, handmade):
-    path = handmade / bundles.MANIFEST
+    path = handmade / manifest.MANIFEST
     path.write_text(path.read_text().replace('"handmade"', '"handmada"'))
     assert "damaged: its contents do not fit its seal" in refused("parity", handmade)
 
@@ -153,7 +161,7 @@ def test_a_newer_major_version_of_the_table(refused, handmade):
         data["files"][TABLE] = {"sha256": sha256(held).hexdigest(), "bytes": len(held)}
 
     _reseal(handmade, admit)
-    assert "version 2.0 is newer than 1.1" in refused("parity", handmade)
+    assert "version 2.0 is newer than 1.2" in refused("parity", handmade)
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd"])
@@ -187,8 +195,8 @@ def test_a_precision_without_a_floor(refused, make):
 
 
 def test_a_bundle_without_golden_tensors(refused, handmade):
-    (handmade / bundles.GOLDEN).unlink()
-    _reseal(handmade, lambda data: data["files"].pop(bundles.GOLDEN))
+    (handmade / GOLDEN).unlink()
+    _reseal(handmade, lambda data: data["files"].pop(GOLDEN))
     assert "golden.safetensors" in refused("parity", handmade)
 
 

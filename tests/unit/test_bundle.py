@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from edgedistill import bundle as bundles
-from edgedistill.bundle import MANIFEST, Artifact, Bundle, NetworkFile, seal, write_bundle
+from edgedistill import manifest as manifests
+from edgedistill.bundle import Artifact, Bundle, NetworkFile, write_bundle
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError
 from edgedistill.files import sha256, write_json
+from edgedistill.manifest import MANIFEST, seal
 from edgedistill.table import Row, SamplerTable, Stage
 
 SIGNATURE = Signature(
@@ -130,7 +132,12 @@ def test_a_file_that_is_not_read_is_not_hashed(small, name):
 
 def test_a_hash_is_taken_once(small, monkeypatch):
     taken = []
-    monkeypatch.setattr(bundles, "sha256", lambda path: taken.append(path.name) or sha256(path))
+
+    def recorded(path):
+        taken.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(manifests, "sha256", recorded)
     opened = Bundle.open(small.root, whole=False)
     for _ in range(2):
         opened.path("onnx/float32/unet.onnx")
@@ -263,7 +270,7 @@ def test_a_writer_that_fails_leaves_the_old_bundle(small, tmp_path):
 def test_the_table_of_a_newer_version_is_refused(small):
     table = small.root / "sampler.json"
     table.write_text(table.read_text().replace('"spec_version": "1.2"', '"spec_version": "3.1"'))
-    entry = {"sha256": bundles.sha256(table), "bytes": table.stat().st_size}
+    entry = {"sha256": sha256(table), "bytes": table.stat().st_size}
     reseal(small.root, lambda data: data["files"].update({"sampler.json": entry}))
     with pytest.raises(BundleError, match=r"sampler\.json: version 3\.1 is newer"):
         Bundle.open(small.root)
