@@ -127,7 +127,7 @@ def speak(feeds):
 def test_a_graph_of_another_dialect_is_spoken_to_in_it(rng, size):
     feeds = {
         "sample": rng.standard_normal((5, 1, 2, 2), dtype=np.float32),
-        "timestep": np.array([9, 3, 9, 0.5, 3], np.float32),
+        "timestep": np.array([3, 9, 9, 0.5, 3], np.float32),
         "encoder_hidden_states": rng.standard_normal((5, 5, 3), dtype=np.float32),
         "w": np.arange(5, dtype=np.float32),
     }
