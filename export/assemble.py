@@ -3,7 +3,9 @@
 import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +47,7 @@ from .layouts import SINGLE_ROOT, place
 from .loader_files import check_formats, make_stock, write_loader_files
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects, with_one_scale
+from .worker import in_child, works_alone
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
@@ -94,7 +97,7 @@ def export_student(
         check_target(target, kept, missing, base)
     if base.artifacts and not missing:
         return base
-    fill = functools.partial(_fill, student, options.layout, missing, progress or _silent)
+    fill = functools.partial(_fill, student, options, missing, progress or _silent)
     return write_bundle(target, base, fill, kept)
 
 
@@ -116,19 +119,24 @@ def _still_wanted(held: Artifact, job: Job | None) -> bool:
 
 
 def _fill(
-    student: Student, layout: str, missing: Sequence[Job], progress: Progress, draft: Draft
+    student: Student,
+    options: ExportOptions,
+    missing: Sequence[Job],
+    progress: Progress,
+    draft: Draft,
 ) -> None:
     for name, table in student.samplers.items():
         check(table, str(student.root / table_file(name)))
     networks = _open_networks(student)
     steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
-        steps.append((REFERENCE, functools.partial(_add_reference, draft, student, layout)))
-    steps += [(job.name, functools.partial(_add, draft, student, networks, job)) for job in missing]
+        steps.append((REFERENCE, functools.partial(_add_reference, draft, student, options.layout)))
+    add = functools.partial(_add, draft, student, networks, options.isolate)
+    steps += [(job.name, functools.partial(add, job)) for job in missing]
     for done, (name, write) in enumerate(steps):
         progress(name, done, len(steps))
         write()
-    if layout == SINGLE_ROOT:
+    if options.layout == SINGLE_ROOT:
         held = {artifact.format for artifact in draft.artifacts.values()}
         write_loader_files(student, draft.root, held)
     progress("", len(steps), len(steps))
@@ -233,7 +241,7 @@ def _graphs(
     return {name: (networks[name], signature) for name, signature in signatures.items()}
 
 
-def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
+def _add(draft: Draft, student: Student, networks: Networks, isolate: str, job: Job) -> None:
     form = FORMATS[job.format]
     files, reports = {}, []
     written: dict[tuple[str, Signature], str] = {}
@@ -242,20 +250,43 @@ def _add(draft: Draft, student: Student, networks: Networks, job: Job) -> None:
         weights = _digest(student.folder(name)) if name in student.signatures else name
         path = written.setdefault((weights, signature), own)
         if path == own:
-            reports.append(
-                form.write(
-                    network, plain(signature), draft.root / path, job.precision, job.settings
-                )
-            )
+            place_of = draft.root / path
+            size = sum(value.nbytes for value in network.state_dict().values())
+            if works_alone(isolate, size):
+                report, used = in_child(_write_alone, student, job, name, place_of)
+                reports.append({**report, **asdict(used)})
+            else:
+                reports.append(_write(network, signature, job, place_of))
         files[name] = NetworkFile(path, signature)
     made_with = {
         **reports[0],
         "snr_db": min(report["snr_db"] for report in reports),
+        **_used(reports),
         "options": dict(job.settings),
     }
     draft.add(
         Artifact(job.name, form.runtime, job.format, job.precision, files, made_with, job.sampler)
     )
+
+
+def _used(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return what the processes of their own took: the highest peak, the seconds of all."""
+    told = [report for report in reports if "peak_gb" in report]
+    if not told:
+        return {}
+    return {
+        "peak_gb": round(max(report["peak_gb"] for report in told), 2),
+        "seconds": round(sum(report["seconds"] for report in told), 1),
+    }
+
+
+def _write(network: nn.Module, signature: Signature, job: Job, path: Path) -> dict[str, Any]:
+    return FORMATS[job.format].write(network, plain(signature), path, job.precision, job.settings)
+
+
+def _write_alone(student: Student, job: Job, name: str, path: Path) -> dict[str, Any]:
+    """Open the networks anew and write one of them."""
+    return _write(*_graphs(student, _open_networks(student), job)[name], job, path)
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ from edgedistill.arguments import add_command, add_json, add_target, positive, t
 from edgedistill.errors import ConfigError
 from edgedistill.known_bad import warn_known_bad
 
-from .formats import ALL, FORMATS, ExportOptions, jobs
+from . import budget
+from .formats import ALL, FORMATS, ExportOptions, Job, jobs
 from .layouts import LAYOUTS
+from .worker import AUTO, ISOLATE, works_alone
 
 if TYPE_CHECKING:
     from edgedistill.bundle import Artifact, Bundle
@@ -125,6 +128,18 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="keep the text encoder outside: the graph takes embeddings, not tokens",
     )
+    parser.add_argument(
+        "--isolate",
+        choices=ISOLATE,
+        default=AUTO,
+        help="write each network in a process of its own (default: those above 400 MB)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        type=_memory,
+        help="refuse what is estimated to take more, such as 8GB",
+    )
     add_target(parser, "BUNDLE")
     add_json(parser)
     parser.set_defaults(dtype=None, dynamic=False, opset=None, dynamo=False)
@@ -172,8 +187,9 @@ def _run(options: argparse.Namespace) -> int:
         single_graph=_sampler_of(options),
         text_inside=not options.text_embeddings,
         free_sizes=options.dynamic,
+        isolate=options.isolate,
     )
-    jobs([options.format], settings)
+    planned = jobs([options.format], settings)
     warn_known_bad(options.extra.split(","))
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
@@ -183,6 +199,7 @@ def _run(options: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory() as place,
     ):
         student = _source(options, Path(place))
+        _foretell(student, planned, target, options.max_memory)
         from .assemble import export_student
         from .single_root import layout_for
 
@@ -239,6 +256,31 @@ def _sampler_of(options: argparse.Namespace) -> str | None:
         msg = "--sampler and --text-embeddings are for --single-graph; without it every sampler is exported."
         raise ConfigError(msg)
     return None
+
+
+def _memory(text: str) -> int:
+    try:
+        return budget.size_of(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _foretell(student: "Student", planned: list[Job], target: Path, limit: int | None) -> None:
+    """Refuse what will not fit, and say what large networks will take."""
+    sizes = {
+        name: sum(part.stat().st_size for part in student.folder(name).glob("*.safetensors"))
+        for name in student.signatures
+    }
+    for job in planned:
+        budget.check(sizes, job.format, job.precision, target, limit)
+        large = {name: size for name, size in sizes.items() if works_alone(AUTO, size)}
+        for name, size in large.items():
+            print(
+                f"{name}, {job.name}: about {budget.memory(job.format, size) / 1e9:.1f} GB of memory, "
+                f"{budget.disk(job.format, job.precision, size) / 1e9:.1f} GB of disk and "
+                f"{budget.seconds(job.format, size):.0f} s of one processor (estimates)",
+                file=sys.stderr,
+            )
 
 
 def _tell(bundle: "Bundle", *, as_json: bool) -> None:

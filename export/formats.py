@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from edgedistill.errors import ConfigError
 
 from .layouts import BUNDLE, LAYOUTS, SINGLE_ROOT, place
+from .worker import AUTO, ISOLATE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,7 @@ class ExportOptions:
         text_inside: Whether the text encoder belongs to that graph.
         layout: One of `export.layouts.LAYOUTS`; a single root holds one precision of each format.
         free_sizes: Leave height and width free in a single root, Core ML apart.
+        isolate: Whether a network is written in a process of its own: one of `export.worker.ISOLATE`.
     """
 
     dtype: str | None = None
@@ -49,10 +51,14 @@ class ExportOptions:
     text_inside: bool = True
     layout: str = BUNDLE
     free_sizes: bool = False
+    isolate: str = AUTO
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
             msg = f"`dtype` must be one of {', '.join(DTYPES)}, got {self.dtype!r}."
+            raise ConfigError(msg)
+        if self.isolate not in ISOLATE:
+            msg = f"`isolate` must be one of {', '.join(ISOLATE)}, got {self.isolate!r}."
             raise ConfigError(msg)
         if self.batch is not None and self.batch < 1:
             msg = f"`batch` must be 1 or more, got {self.batch}."

@@ -315,6 +315,24 @@ def test_a_killed_export_leaves_the_old_bundle_and_can_be_run_again(only_onnx, s
     assert "openvino-float16" in Bundle.open(only_onnx).artifacts
 
 
+def test_a_network_may_be_written_in_a_process_of_its_own(student, tmp_path, bundle):
+    options = ExportOptions(isolate="always")
+    made = export_student(student, tmp_path / "b", ["onnx"], options).artifacts["onnx-float32"]
+    assert made.made_with["snr_db"] >= 100
+    assert 0.2 < made.made_with["peak_gb"] < 4
+    assert made.made_with["seconds"] > 0
+    alone = (tmp_path / "b/onnx/float32/unet.onnx").read_bytes()
+    assert alone == bundle.path("onnx/float32/unet.onnx").read_bytes()
+
+
+def test_what_will_not_fit_is_refused_before_any_work(student, tmp_path, capsys):
+    command = ["export", "onnx", "-m", student.root, tmp_path / "b", "--max-memory", "100MB"]
+    assert "unet as onnx takes about 0.5 GB of memory (an estimate), more" in refusal(
+        capsys, *command
+    )
+    assert not (tmp_path / "b").exists()
+
+
 def test_progress_names_each_artifact(student, tmp_path):
     seen = []
     export_student(student, tmp_path / "b", ["onnx"], None, lambda *what: seen.append(what))

@@ -1,0 +1,70 @@
+"""One piece of work in a process of its own, whose memory is gone when it is done."""
+
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+from edgedistill.errors import BundleError
+
+AUTO, ALWAYS, NEVER = "auto", "always", "never"
+ISOLATE = (AUTO, ALWAYS, NEVER)
+ALONE_ABOVE = 400_000_000  # bytes of weights; below, a process costs more than it saves
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a process took.
+
+    Fields:
+        peak_gb: Of memory, in 10**9 bytes; 0 where the system does not tell.
+        seconds: Of wall time.
+    """
+
+    peak_gb: float
+    seconds: float
+
+
+def works_alone(isolate: str, size: int) -> bool:
+    """Say whether a network of `size` bytes of weights gets a process of its own."""
+    return isolate == ALWAYS or (isolate == AUTO and size > ALONE_ABOVE)
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Used]:
+    """Call a function of a module in a fresh process.
+
+    Args:
+        function: Found by its name there; what it raises is raised here.
+        arguments: They and the answer are pickled between the two.
+
+    Returns:
+        The answer, and what the process took.
+
+    Raises:
+        BundleError: If the process is killed, as systems do when memory runs out.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_measured, function, arguments).result()
+        except BrokenProcessPool as error:
+            msg = "The process that wrote a network was killed, most likely for want of memory; close other programs or export one format at a time."
+            raise BundleError(msg) from error
+
+
+def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Used]:
+    start = time.perf_counter()
+    answer = function(*arguments)
+    return answer, Used(_peak_gb(), time.perf_counter() - start)
+
+
+def _peak_gb() -> float:
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

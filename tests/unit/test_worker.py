@@ -1,0 +1,64 @@
+"""Work in a process of its own: its answer, its errors and its end come back; what it takes is foretold."""
+
+import os
+import signal
+
+import pytest
+
+from edgedistill.errors import BundleError, CheckFailedError, ConfigError
+from export import budget
+from export.worker import in_child, works_alone
+
+
+def fail(message):
+    raise CheckFailedError(message)
+
+
+def vanish():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_answer_comes_back_with_what_it_took():
+    answer, used = in_child(divmod, 17, 5)
+    assert answer == (3, 2)
+    assert 0.005 < used.peak_gb < 4
+
+
+def test_our_errors_come_back_as_they_are():
+    with pytest.raises(CheckFailedError, match=r"^12 dB$"):
+        in_child(fail, "12 dB")
+
+
+def test_a_killed_process_is_one_clear_error():
+    with pytest.raises(BundleError, match="was killed, most likely for want of memory"):
+        in_child(vanish)
+
+
+@pytest.mark.parametrize(
+    ("isolate", "size", "alone"),
+    [("auto", 10**6, False), ("auto", 10**9, True), ("always", 1, True), ("never", 10**12, False)],
+)
+def test_large_networks_get_a_process(isolate, size, alone):
+    assert works_alone(isolate, size) is alone
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("1.5g", 1.5 * 10**9), ("2GiB", 2 * 2**30), ("512", 512)]
+)
+def test_amounts_of_memory_are_read(text, size):
+    assert budget.size_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1GB", "0", "8 GBs"])
+def test_what_is_no_amount_is_refused(text):
+    with pytest.raises(ConfigError, match="is no amount of memory; write it like 8GB"):
+        budget.size_of(text)
+
+
+def test_what_will_not_fit_is_refused_before_any_work(tmp_path):
+    sizes = {"unet": 3_440_000_000}
+    budget.check(sizes, "onnx", "float32", tmp_path / "new", 6 * 10**9)
+    with pytest.raises(ConfigError, match=r"unet as openvino takes about 7\.7 GB .*the 6\.0 GB"):
+        budget.check(sizes, "openvino", "float32", tmp_path / "new", 6 * 10**9)
+    with pytest.raises(ConfigError, match=r"onnx takes about 900000000\.0 GB of disk"):
+        budget.check({"x": 9 * 10**17}, "onnx", "float32", tmp_path / "new", None)
