@@ -76,7 +76,8 @@ def balance(
 ) -> Tensor:
     """Return what to multiply `term` with, so that it moves a weight as much as `leader` does.
 
-    It is the ratio of the norms of the two gradients, which are averaged over processes.
+    It is the ratio of the norms of the two gradients, which are averaged over processes; where gradients are
+    accumulated, each piece of the batch has a ratio of its own.
 
     Args:
         leader, term: Scalar losses of one graph, which is kept.
