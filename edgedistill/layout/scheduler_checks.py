@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 
+from edgedistill.compiler import FAMILIES
 from edgedistill.plans import SWIFT_STEPS
-from edgedistill.stock import objections, swift_spacing
+from edgedistill.stock import GENAI_CLASSES, objections, swift_spacing
 from edgedistill.tables import TABLE, table_file
 
 from .findings import Finding, check
 from .folder import INDEX, SCHEDULER, Folder
-from .schedulers import GENAI_BETAS, GENAI_CLASSES, SCALING, SPACINGS, STATED, SWIFT_BETAS
+from .schedulers import GENAI_BETAS, SCALING, SPACINGS, STATED, SWIFT_BETAS
 
 _PORTABLE = "take DDIM with trailing spacing, epsilon and clip_sample false at 1, 2, 4 or 8 steps"
 
@@ -137,8 +138,9 @@ def steps(folder: Folder, loader: str) -> Iterator[Finding]:
     if not config or table is None:
         return
     count = sum(1 for row in table.rows if row.call)
+    level = "error" if config.get("_class_name") in FAMILIES else "warning"
     for reason in objections(config, count, table)[loader]:
-        yield Finding(SCHEDULER, f"the {count} steps of {TABLE}", reason, _PORTABLE)
+        yield Finding(SCHEDULER, f"the {count} steps of {TABLE}", reason, _PORTABLE, level)
 
 
 @check("swift")

@@ -7,15 +7,6 @@ apple/ml-stable-diffusion (`DPMSolverMultistepScheduler.swift`); diffusers 0.39.
 from collections.abc import Mapping
 from typing import Any
 
-GENAI_CLASSES = (
-    "LCMScheduler",
-    "DDIMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "PNDMScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "LMSDiscreteScheduler",
-)
 GENAI_BETAS = ("linear", "scaled_linear")
 SPACINGS = ("leading", "linspace", "trailing")
 STATED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")

@@ -506,6 +506,7 @@ SCHEDULER_JSON = "scheduler/scheduler_config.json"
 PACKAGE = _path("coreml", "unet")
 MODELC = "coreml/Resources/{}.mlmodelc/metadata.json"
 SINGLE = "LatentConsistencyModelPipeline"
+NOT_COMPILED = ("PNDM", "EulerAncestralDiscrete", "LMSDiscrete")
 
 # fmt: off
 # what is broken, kind of pipeline, loaders, file, in expected, in found
@@ -613,6 +614,7 @@ WARNINGS = [
     (_edit(UNET_JSON, "time_cond_proj_dim", to=...), "sd", ["ort", "openvino"], UNET_JSON, "`time_cond_proj_dim`", "no such key"),
     (_scheduler(beta_start=...), "sd", LOADERS[:4], SCHEDULER_JSON, "`beta_start`", "no such key"),
     (_sampler(DDIM, 2, "none"), "sd", ["ort"], INDEX_JSON, "IO binding turned off", "garbage"),
+    *((_both(_scheduler(_class_name=f"{name}Scheduler"), _index("scheduler", "1", to=f"{name}Scheduler")), "sd", LOADERS[:4], SCHEDULER_JSON, "the 2 steps of sampler.json", "not known") for name in NOT_COMPILED),
     (_graph("coreml", "unet", " 2,", " 1,"), "sd", ["swift"], PACKAGE, "batch 2 for guidance 'cfg'", "batch 1"),
     (_remove("samplers"), "sd", ["swift"], "sampler.json", "linspace with 1, 2, 3 steps", "none"),
     (_chunks(whole=()), "sd", ["swift"], PACKAGE, "either", "unet_chunk1"),
@@ -639,6 +641,15 @@ def test_every_bad_combination_is_found_with_loader_file_expected_and_found(fold
             and item.way_out
             for item in findings
         ), f"{loader}: {findings}"
+
+
+@pytest.mark.parametrize("name", NOT_COMPILED)
+def test_a_scheduler_that_genai_has_is_no_error(folder, name):
+    root = folder("sd")
+    _both(
+        _scheduler(_class_name=f"{name}Scheduler"), _index("scheduler", "1", to=f"{name}Scheduler")
+    )(root)
+    assert [item for item in check_layout(root, LOADERS) if item.level == "error"] == []
 
 
 MMDIT = "latent_image_embeddings f16 2,4,8,8 | token_level_text_embeddings f16 2,32,1,154 | pooled_text_embeddings f16 2,16,1,1 | timestep f16 2 -> denoiser_output f32 2,4,8,8"
