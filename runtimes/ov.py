@@ -1,6 +1,6 @@
-"""OpenVINO: one compiled network, float32 inside unless asked otherwise."""
+"""OpenVINO: one network, compiled for the shapes it is given, float32 inside unless asked otherwise."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ PRECISIONS = ("f32", "f16", "bf16", "auto")
 
 
 def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Session:  # noqa: A001
-    """Compile an OpenVINO model.
+    """Open an OpenVINO model; one of free shapes is compiled when it is first called.
 
     Args:
         path: The ``.xml`` file; its weights lie beside it as ``.bin``.
@@ -35,24 +35,54 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     chosen = accept("openvino", options, device="CPU", precision="f32", threads=0)
     core = ov.Core()
     device = _device(core, str(chosen["device"]).upper())
-    settings = _settings(chosen)
-    try:
-        compiled = core.compile_model(str(path), device, settings)
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[-1].strip()
-        msg = f"{path}: OpenVINO cannot compile it for {device} ({reason}); export it anew."
-        raise BundleError(msg) from error
-    inputs = [port.get_any_name() for port in compiled.inputs]
-    outputs = [port.get_any_name() for port in compiled.outputs]
-    check_graph(path, signature, inputs, outputs)
-    request = compiled.create_infer_request()
+    compiled = _Compiled(core, path, device, _settings(chosen))
+    model = compiled.read()
+    outputs = [port.get_any_name() for port in model.outputs]
+    check_graph(path, signature, (port.get_any_name() for port in model.inputs), outputs)
+    if not model.is_dynamic():
+        compiled.request({port.get_any_name(): tuple(port.shape) for port in model.inputs})
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        request = compiled.request({name: array.shape for name, array in feeds.items()})
         made = request.infer(dict(feeds))
         # The request writes its next answer over this memory.
         return {name: np.array(made[name]) for name in outputs}
 
     return run
+
+
+class _Compiled:
+    """A model, compiled for the shapes of its first call, which is the fastest; other calls share one with free shapes."""
+
+    def __init__(self, core: Any, path: Path, device: str, settings: Mapping[str, Any]) -> None:
+        self.core, self.path, self.device, self.settings = core, path, device, settings
+        self.requests: dict[tuple[Any, ...], Any] = {}
+
+    def read(self) -> Any:
+        """Read the model; its weights are not in memory before it is compiled, and go with it."""
+        return self._told(self.core.read_model, str(self.path))
+
+    def request(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+        """Return what runs inputs of these shapes."""
+        key = tuple(sorted(shapes.items()))
+        known = self.requests.get(key, self.requests.get(()))
+        if known is None:
+            model = self.read()
+            if self.requests:
+                key = ()
+            else:
+                model.reshape({name: list(shape) for name, shape in shapes.items()})
+            compiled = self._told(self.core.compile_model, model, self.device, dict(self.settings))
+            known = self.requests[key] = compiled.create_infer_request()
+        return known
+
+    def _told(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[-1].strip()
+            msg = f"{self.path}: OpenVINO cannot compile it for {self.device} ({reason}); export it anew."
+            raise BundleError(msg) from error
 
 
 def describe() -> str:

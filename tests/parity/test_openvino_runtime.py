@@ -79,6 +79,31 @@ def test_a_free_batch_takes_any_batch(student, tmp_path):
         assert snr_db(expected, session(feeds)["out_sample"]) >= 100
 
 
+def test_the_first_shapes_are_compiled_for_and_all_others_share_free_ones(
+    student, tmp_path, monkeypatch
+):
+    import openvino
+
+    network, signature = store.load(student.root / "unet"), student.signatures["unet"]
+    write_openvino(network, signature, tmp_path / "unet.xml")
+    shapes, compile_model = [], openvino.Core.compile_model
+
+    def recorded(core, model, *rest):
+        shapes.append(str(model.input("sample").partial_shape))
+        return compile_model(core, model, *rest)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", recorded)
+    session = ov.open(tmp_path / "unet.xml", signature, {})
+    assert shapes == []
+    for batch in (2, 3, 1, 2, 4):
+        inputs = examples(signature.with_batch(batch))
+        feeds = {s.name: t.numpy() for s, t in zip(signature.inputs, inputs, strict=True)}
+        assert session(feeds)["out_sample"].shape[0] == batch
+    _, *pixels = signature.inputs[0].shape
+    sides = ",".join(map(str, pixels))
+    assert shapes == [f"[2,{sides}]", f"[?,{sides}]"]
+
+
 def test_an_answer_stays_what_it_was(bundle, student):
     signature = student.signatures["unet"].with_batch(1)
     session = ov.open(model_path(bundle, "openvino-float32"), signature, {"threads": 1})
