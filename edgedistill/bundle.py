@@ -30,6 +30,7 @@ from edgedistill.tables import (
     table_file,
     tokenizers_of,
 )
+from edgedistill.weight_files import weights_in
 
 GOLDEN = golden_file(DEFAULT)
 CALIBRATION = "probes/calibration.safetensors"
@@ -338,13 +339,6 @@ def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
 def _holds(path: str, name: str) -> bool:
     """Whether a file is what a path names, or lies in the folder that it names."""
     return name == path or name.startswith(path.rstrip("/") + "/")
-
-
-def weights_in(folder: Path) -> list[Path]:
-    """Return the files of a network's folder that are its own: configuration and weights, no graphs, no variants."""
-    weights = sorted(folder.glob("*.safetensors"))
-    plain = [path for path in weights if "." not in path.stem]
-    return [folder / "config.json", *plain, *sorted(folder.glob("*.safetensors.index.json"))]
 
 
 def _members(path: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle import weights_in
 from edgedistill.conditions import Tokenize
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
@@ -22,6 +21,7 @@ from edgedistill.tables import (
     table_file,
     tokenizers_of,
 )
+from edgedistill.weight_files import weights_in
 
 MANIFEST = "student.json"
 SCHEMA_VERSION = "1.1"

@@ -367,5 +367,5 @@ def _fingerprint(
 
     files = [scheduler]
     for folder, network in networks.items():
-        files += [folder / "config.json", folder / store.weights_file(network)]
+        files += [folder / "config.json", *store.weights_of(network, folder).all]
     return hashlib.sha256("\n".join(map(sha256, [*files, *further])).encode()).hexdigest()

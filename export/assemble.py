@@ -20,7 +20,6 @@ from edgedistill.bundle import (
     Draft,
     NetworkFile,
     start_from,
-    weights_in,
     write_bundle,
 )
 from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
@@ -40,6 +39,7 @@ from edgedistill.probes import (
 from edgedistill.student import EXAMPLES, Student
 from edgedistill.tables import choose, golden_file, networks_of, table_file
 from edgedistill.validate import check
+from edgedistill.weight_files import plain_names, weights_in
 
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
@@ -198,8 +198,8 @@ def _add_reference(draft: Draft, student: Student, layout: str) -> None:
         path = written.setdefault(_digest(folder), place(layout, "torch", "float32", name))
         if not (draft.root / path).exists():
             (draft.root / path).mkdir(parents=True)
-            for part in weights_in(folder):
-                shutil.copy2(part, draft.root / path / part.name)
+            for part, named in plain_names(weights_in(folder)).items():
+                shutil.copy2(part, draft.root / path / named)
             if layout == SINGLE_ROOT:
                 make_stock(draft.root / path)
         session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})

@@ -108,6 +108,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     pipeline.add_argument(
         "--vae", metavar="DIR", type=Path, help="another autoencoder, such as a small one"
     )
+    pipeline.add_argument(
+        "--variant",
+        metavar="NAME",
+        help="weights to take where a network has several, such as fp16 (default: the plain ones, else the only ones)",
+    )
     pipeline.add_argument("--height", metavar="H", type=positive, help="of images (default: its)")
     pipeline.add_argument("--width", metavar="W", type=positive, help="of images (default: its)")
     parser.add_argument(
@@ -222,8 +227,9 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
 
     steps, scale = options.num_inference_steps, options.guidance_scale
     sizes = options.height, options.width
+    others = {"loras": options.lora, "vae": options.vae, "variant": options.variant}
     if (options.model / MANIFEST).is_file():
-        if (steps, sizes, options.lora, options.vae) != (None, (None, None), [], None):
+        if (steps, sizes) != (None, (None, None)) or any(others.values()):
             msg = f"{options.model}: a student has the steps, the size and the networks that it was trained for; leave them out."
             raise ConfigError(msg)
         student = Student.open(options.model)
@@ -238,9 +244,9 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
     from .single_root import resized
 
     asked = {"num_steps": steps, "guidance_scale": scale}
-    if options.lora or options.vae is not None:
+    if any(others.values()):
         loras = [Lora.parse(text) for text in options.lora]
-        student = open_variant(options.model, place, loras=loras, vae=options.vae, **asked)
+        student = open_variant(options.model, place, **{**others, "loras": loras}, **asked)
     else:
         student = open_source(options.model, **asked)
     return student if sizes == (None, None) else resized(student, *sizes)

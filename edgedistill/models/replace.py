@@ -42,7 +42,7 @@ def replace_network(student: Student, name: str, source: Path, output: Path) -> 
         msg = f"{source}: its parameters are not those of the student's network {name!r}; give a fine-tune of the same architecture."
         raise BundleError(msg)
     network.load_state_dict(given)
-    replaced = {name: sha256(source / store.weights_file(network))}
+    replaced = {name: " ".join(map(sha256, store.weights_of(network, source).all))}
     provenance = {**student.provenance, "replaced": replaced}
     with written_aside(output) as aside:
         _copy(student, aside)

@@ -149,7 +149,7 @@ def _sketch(parts: Parts) -> _Sketch:
     words = max(tokenizers, key=lambda item: item.vocabulary_size, default=None)
     refuse_strangers(str(parts.root), parts.name, signature, readers, words, vae)
     for name, network in networks.items():
-        store.refuse_missing(parts.root / folders.get(name, name) / store.weights_file(network))
+        store.weights_of(network, parts.root / folders.get(name, name))
     return _Sketch(store.config_of(denoiser), networks, folders, vae)
 
 

@@ -21,8 +21,9 @@ from edgedistill.models.conditional import (
 )
 from edgedistill.models.residuals import build_residual_encoder
 from edgedistill.models.unet import build_extended, build_stock, residual_shapes
+from edgedistill.weight_files import DIFFUSERS, WeightFiles, find_weights, weight_map
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = f"{DIFFUSERS}.safetensors"
 # Constants that transformers wrote into weights until 4.31.
 _OLD_BUFFERS = ("text_model.embeddings.position_ids",)
 
@@ -122,6 +123,15 @@ def weights_file(network: nn.Module) -> str:
     return getattr(network, "weights_file", WEIGHTS)
 
 
+def weights_of(network: nn.Module, folder: Path) -> WeightFiles:
+    """Find the weights of a network that may have none of its own yet.
+
+    Raises:
+        BundleError: As `edgedistill.weight_files.find_weights`.
+    """
+    return find_weights(folder, weights_file(network).removesuffix(".safetensors"))
+
+
 def load(folder: Path) -> nn.Module:
     """Load a network for inference: float32, eval mode, no gradients.
 
@@ -135,14 +145,14 @@ def load(folder: Path) -> nn.Module:
         init_empty_weights()
     ):  # neither drawn nor held twice: the file's own memory becomes the network's
         network = build(read_json(folder / "config.json"), str(folder / "config.json"))
-    weights = folder / weights_file(network)
-    state = _renamed(network, load_weights(weights))
+    weights = weights_of(network, folder)
+    state = _renamed(network, load_shards(weights))
     expected = network.state_dict()
     wrong = sorted(set(expected) ^ set(state)) or [
         name for name, value in state.items() if value.shape != expected[name].shape
     ]
     if wrong:
-        msg = f"{weights}: does not fit config.json at {', '.join(wrong[:3])}; the two belong to different networks."
+        msg = f"{weights.all[0]}: does not fit config.json at {', '.join(wrong[:3])}; the two belong to different networks."
         raise BundleError(msg)
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(requires_grad=False)
@@ -192,7 +202,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         BundleError: If the file is missing, damaged, a pickle, or holds NaN or infinity.
     """
-    refuse_missing(path)
+    if not path.is_file():
+        msg = f"{path}: no such file."
+        raise BundleError(msg)
     try:
         state = load_file(path)
     except SafetensorError as error:
@@ -206,28 +218,27 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def load_shards(weights: WeightFiles) -> dict[str, Tensor]:
+    """Read the weights of a network as `load_weights` does, one shard at a time.
+
+    Raises:
+        BundleError: As `load_weights`, or if a shard holds something else than the index says.
+    """
+    state: dict[str, Tensor] = {}
+    places = {} if weights.index is None else weight_map(weights.index)
+    for path in weights.shards:
+        held = load_weights(path)
+        said = {name for name, place in places.items() if place == path.name}
+        if weights.index is not None and (wrong := sorted(said ^ set(held))):
+            msg = f"{path}: does not hold what {weights.index.name} says at {', '.join(wrong[:3])}; the two are of different downloads, get both anew."
+            raise BundleError(msg)
+        state |= held
+    return state
+
+
 def _is_finite(value: Tensor) -> bool:
     """Say whether every number is finite; a finite sum says so at a thirtieth of the cost."""
     return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
-
-
-def refuse_missing(path: Path) -> None:
-    """Refuse a weights file that is not there, saying what lies there instead.
-
-    Raises:
-        BundleError: If it is missing.
-    """
-    if path.is_file():
-        return
-    pickles = sorted(path.parent.glob("*.bin")) + sorted(path.parent.glob("*.pt*"))
-    others = [item.name for item in sorted(path.parent.glob("*.safetensors*"))]
-    hint = ""
-    if others:
-        hint = f" {', '.join(others[:3])} is there: load the folder in diffusers and save it anew, whole and without a variant."
-    elif pickles:
-        hint = f" {pickles[0].name} is a pickle, which can run code when it is read: convert it to safetensors first."
-    msg = f"{path}: no such file.{hint}"
-    raise BundleError(msg)
 
 
 def save_weights(

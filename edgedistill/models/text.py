@@ -9,6 +9,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.text import Tokenizer
+from edgedistill.weight_files import TRANSFORMERS
 
 # Far below every score, and finite in half precision, where minus infinity breaks palettes and products.
 _MASKED = -1e4
@@ -28,7 +29,7 @@ class TextEncoder(nn.Module):
             last layer but one, and with ``text_embeds`` where it has a projection.
     """
 
-    weights_file = "model.safetensors"
+    weights_file = f"{TRANSFORMERS}.safetensors"
 
     def __init__(
         self, stock: CLIPTextModel | CLIPTextModelWithProjection, *, in_pair: bool = False

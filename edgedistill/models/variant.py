@@ -1,4 +1,4 @@
-"""A pipeline's folder with other weights: LoRA files merged, another autoencoder; the rest is linked, not copied."""
+"""A pipeline's folder with other weights: a variant, LoRA files merged, another autoencoder; the rest is linked."""
 
 import dataclasses
 import os
@@ -17,6 +17,13 @@ from edgedistill.models.lora_file import PARTS, Layers, add_updates, read_lora
 from edgedistill.models.parts import AUTOENCODERS, INDEX, PROMPTS
 from edgedistill.models.source import open_source
 from edgedistill.student import Student
+from edgedistill.weight_files import (
+    DIFFUSERS,
+    TRANSFORMERS,
+    find_weights,
+    plain_names,
+    variants,
+)
 
 _WHOLE = (*PARTS, "vae", "scheduler", "tokenizer", "tokenizer_2", INDEX, PROMPTS)
 
@@ -56,6 +63,7 @@ def open_variant(
     *,
     loras: Sequence[Lora] = (),
     vae: Path | None = None,
+    variant: str | None = None,
     **asked: Any,
 ) -> Student:
     """Write a pipeline that differs from another by these, and open it.
@@ -65,6 +73,7 @@ def open_variant(
         place: An empty folder to write to.
         loras: Added one after another.
         vae: Folder of another autoencoder.
+        variant: Name of the weights to take, such as ``"fp16"``, where a network has them.
         **asked: As `edgedistill.models.source.open_source`.
 
     Returns:
@@ -74,6 +83,9 @@ def open_variant(
         BundleError: If a file is missing, damaged, a pickle, or for another network.
         ConfigError: As `open_source`.
     """
+    name = root.resolve().name
+    if variant is not None:
+        root = _of_variant(root, place / "variant", variant)
     open_source(root, **asked)  # refuses what cannot be taken before there is any work
     if vae is not None:
         store.open_one_of(vae, AUTOENCODERS, bare=True)
@@ -83,23 +95,47 @@ def open_variant(
         if not (root / part).is_dir():
             msg = f"{root}: has no {part}/, which a LoRA updates; the file is for another pipeline, or this is no whole one."
             raise BundleError(msg)
-    for name in _WHOLE:
-        source = vae if name == "vae" and vae is not None else root / name
-        if source.is_dir() and name not in changed:
-            shutil.copytree(source, place / name, copy_function=_linked)
+    for part in _WHOLE:
+        source = vae if part == "vae" and vae is not None else root / part
+        if source.is_dir() and part not in changed:
+            shutil.copytree(source, place / part, copy_function=_linked)
         elif source.is_file():
-            _linked(str(source), str(place / name))
+            _linked(str(source), str(place / part))
     for part in changed:
         _write_updated(root / part, place / part, part, updates)
     student = open_source(place, **asked)
     merged = [
         {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
     ]
-    done = {"lora": merged, "vae": None if vae is None else vae.resolve().name}
+    done = {
+        "lora": merged,
+        "vae": None if vae is None else vae.resolve().name,
+        "variant": variant,
+    }
     told = {name: value for name, value in done.items() if value}
-    return dataclasses.replace(
-        student, name=root.resolve().name, provenance={**student.provenance, **told}
-    )
+    return dataclasses.replace(student, name=name, provenance={**student.provenance, **told})
+
+
+def _of_variant(root: Path, place: Path, variant: str) -> Path:
+    """Link a pipeline whose networks have the weights of a variant, where they have them, under the plain names."""
+    taken = False
+    place.mkdir()
+    for source in (root / name for name in _WHOLE):
+        stems = [stem for stem in (DIFFUSERS, TRANSFORMERS) if variant in variants(source, stem)]
+        if stems:
+            files = find_weights(source, stems[0], variant).all
+            (place / source.name).mkdir()
+            for path, plain in plain_names([source / "config.json", *files]).items():
+                _linked(str(path), str(place / source.name / plain))
+        elif source.is_dir():
+            shutil.copytree(source, place / source.name, copy_function=_linked)
+        elif source.is_file():
+            _linked(str(source), str(place / source.name))
+        taken |= bool(stems)
+    if not taken:
+        msg = f"{root}: no network has weights of the variant {variant!r}; leave it out, or get the files {DIFFUSERS}.{variant}.safetensors."
+        raise BundleError(msg)
+    return place
 
 
 def _write_updated(
@@ -108,18 +144,18 @@ def _write_updated(
     """Write a network with the updates of one part of a pipeline added to its weights."""
     config = read_json(source / "config.json")
     with torch.device("meta"):
-        file = store.weights_file(store.build(config, str(source)))
-    state = store.load_weights(source / file)
+        network = store.build(config, str(source))
+    state = store.load_shards(store.weights_of(network, source))
     for lora, held in updates:
         add_updates(state, held.get(part, {}), lora.scale, str(lora.path))
     write_json(folder / "config.json", config)
-    store.save_weights(state, folder / file, {"format": "pt"})
+    store.save_weights(state, folder / store.weights_file(network), {"format": "pt"})
 
 
 def _linked(source: str, target: str) -> str:
     """Link a file, or copy it where the file system cannot."""
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # caches hold links, which may be relative
     except OSError:
         shutil.copy2(source, target)
     return target

@@ -54,7 +54,7 @@ CASES = [
 def samples(student: Student, noise: list[torch.Tensor]) -> np.ndarray:
     """Run a student's table in PyTorch for the prompts or classes that are asked for here."""
     modules = {name: open_network(student, name) for name in student.table.networks}
-    asked = {"text": PROMPTS, "class": CLASSES}
+    asked: dict[str, Any] = {"text": PROMPTS, "class": CLASSES}
     given = {item.name: asked[item.kind] for item in student.table.conditions if item.kind in asked}
     return sample_torch(
         modules,
@@ -187,6 +187,21 @@ def _renamed(old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def _two_variants(root: Path) -> None:
+    plain = root / f"{UNET}.safetensors"
+    shutil.copy2(plain, root / f"{UNET}.bf16.safetensors")
+    plain.rename(root / f"{UNET}.fp16.safetensors")
+
+
+def _index_of(part: str, weight_map: dict[str, str]) -> Callable[[Path], None]:
+    def change(root: Path) -> None:
+        (root / part / store.WEIGHTS).unlink()
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (root / part / f"{store.WEIGHTS}.index.json").write_text(json.dumps(index))
+
+    return change
+
+
 UNET = "unet/diffusion_pytorch_model"
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "remote code": (
@@ -217,9 +232,17 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         _renamed(f"{UNET}.safetensors", f"{UNET}.bin"),
         "unet/.*: no such file. diffusion_pytorch_model.bin is a pickle",
     ),
-    "a variant": (
-        _renamed(f"{UNET}.safetensors", f"{UNET}.fp16.safetensors"),
-        "diffusion_pytorch_model.fp16.safetensors is there: .* save it anew",
+    "two variants": (
+        _two_variants,
+        "unet: holds the variants bf16, fp16 and no plain .*; say which with --variant",
+    ),
+    "a shard is missing": (
+        _index_of("unet", {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}),
+        "00001-of-00002.safetensors: no such file, and .*index.json says that it holds",
+    ),
+    "shards elsewhere": (
+        _index_of("unet", {"conv_in.weight": "../vae/diffusion_pytorch_model.safetensors"}),
+        "index.json: has no `weight_map` from tensors to files beside it",
     ),
     "no text encoder": (
         lambda root: shutil.rmtree(root / "text_encoder"),
