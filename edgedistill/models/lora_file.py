@@ -10,15 +10,17 @@ from torch import Tensor
 
 from edgedistill.errors import BundleError
 from edgedistill.models import store
+from edgedistill.models.lora_names import PREFIXES, flat_names
 
 PARTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
 Factors = dict[str, Tensor]  # "down" (rank, in), "up" (out, rank), and perhaps "alpha"
 Layers = dict[str, Factors]
 _METADATA = "lora_adapter_metadata"
-# What diffusers and peft have called them; the second group says which it is.
+# What diffusers, peft and kohya have called them; the second group says which it is.
 _ENDS = (
     re.compile(r"(\.lora_)(A|B)(?:\.default)?\.weight$"),
     re.compile(r"(\.lora|\.lora_linear_layer)\.(down|up)\.weight$"),
+    re.compile(r"(\.lora_)(down|up)\.weight$"),
     re.compile(r"(\.)(alpha)$"),
 )
 _WHICH = {"A": "down", "B": "up"}
@@ -26,14 +28,15 @@ _OLD_ATTENTION = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")
 
 
 def read_lora(path: Path) -> dict[str, Layers]:
-    """Read a LoRA file as diffusers and peft write it.
+    """Read a LoRA file as diffusers, peft or kohya's scripts write it.
 
     Args:
-        path: A safetensors file. Names begin with the part that they are for, such as ``unet.``; without a
-            part they are the UNet's.
+        path: A safetensors file. Names begin with the part that they are for, such as ``unet.`` or
+            ``lora_unet_``; without a part they are the UNet's.
 
     Returns:
-        By part of the pipeline and name of the layer: its factors, float32.
+        By part of the pipeline and name of the layer: its factors, float32. Of kohya's files the names
+        are as `edgedistill.models.lora_names.flat_names` knows them.
 
     Raises:
         BundleError: If the file is missing, damaged, a pickle, or holds anything else than such updates.
@@ -67,8 +70,9 @@ def add_updates(
     Raises:
         BundleError: If a layer is not there or is of another shape.
     """
+    flat = flat_names(n.removesuffix(".weight") for n in state if n.endswith(".weight"))
     for layer, factors in layers.items():
-        name = f"{layer}.weight"
+        name = f"{flat.get(layer, layer)}.weight"
         up, down = factors["up"].flatten(1), factors["down"].flatten(1)
         weight = state.get(name)
         found = None if weight is None else list(weight.flatten(1).shape)
@@ -84,11 +88,15 @@ def _parsed(key: str, path: Path) -> tuple[str, str, str]:
     name = _OLD_ATTENTION.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}.lora.", key)
     for end in _ENDS:
         if (found := end.search(name)) is not None:
+            which = _WHICH.get(found[2], found[2])
+            for prefix, part in PREFIXES.items():
+                if name.startswith(prefix):
+                    return part, name[len(prefix) : found.start()], which
             head, _, rest = name[: found.start()].partition(".")
             known = head in PARTS
             layer = rest if known else name[: found.start()].removeprefix("base_model.model.")
-            return head if known else PARTS[0], layer, _WHICH.get(found[2], found[2])
-    msg = f"{path}: `{key}` is no update as diffusers or peft write it; load the file in diffusers and save it with `save_lora_weights`."
+            return head if known else PARTS[0], layer, which
+    msg = f"{path}: `{key}` is no update as diffusers, peft or kohya write it; load the file in diffusers and save it with `save_lora_weights`."
     raise BundleError(msg)
 
 
