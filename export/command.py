@@ -14,12 +14,14 @@ from edgedistill.known_bad import warn_known_bad
 
 from . import budget
 from .formats import ALL, FORMATS, ExportOptions, Job, jobs
-from .layouts import LAYOUTS
+from .layouts import LAYOUTS, SINGLE_ROOT
+from .samplers import CHOICE, SCHEDULERS, with_samplers
 from .worker import AUTO, ISOLATE, works_alone
 
 if TYPE_CHECKING:
     from edgedistill.bundle import Artifact, Bundle
     from edgedistill.student import Student
+    from edgedistill.table import SamplerTable
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
 _HEADERS = ("artifact", "runtime", "MB", "SNR dB")
@@ -37,6 +39,7 @@ examples:
   edgedistill export onnx -m student baked --guidance-scale 2
   edgedistill export coreml -m student bundle --single-graph
   edgedistill export all -m stable-diffusion-v1-5 OUT --num-inference-steps 4 --guidance-scale 7.5
+  edgedistill export coreml -m stable-diffusion-v1-5 OUT --num-inference-steps 2 --scheduler swift
   edgedistill export all -m student -o bundle
   edgedistill export onnx -m pipeline folder --lora style.safetensors:0.7 --vae small-vae
 
@@ -99,6 +102,12 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         help="of its sampler (default: 4)",
     )
     pipeline.add_argument(
+        "--scheduler",
+        choices=SCHEDULERS,
+        help="own: the folder's; portable: DDIM in 1, 2, 4 or 8 steps, which all loaders sample alike; swift: what "
+        "an unmodified Swift package takes, in 1 to 3 (default: own where loaders agree on it, else portable)",
+    )
+    pipeline.add_argument(
         "--lora",
         metavar="FILE[:SCALE]",
         action="append",
@@ -107,6 +116,18 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     )
     pipeline.add_argument(
         "--vae", metavar="DIR", type=Path, help="another autoencoder, such as a small one"
+    )
+    pipeline.add_argument(
+        "--controlnet",
+        metavar="DIR",
+        type=Path,
+        help="a ControlNet, called before the network that draws; its picture becomes the condition `image`",
+    )
+    pipeline.add_argument(
+        "--controlnet-conditioning-scale",
+        metavar="S",
+        type=float,
+        help="of the ControlNet, written into its outputs (default: 1)",
     )
     pipeline.add_argument(
         "--variant",
@@ -209,6 +230,10 @@ def _run(options: argparse.Namespace) -> int:
         from .single_root import layout_for
 
         layout = layout_for(student, target, options.layout)
+        if layout == SINGLE_ROOT or options.scheduler is not None:
+            formats = {job.format for job in planned}
+            held = None if options.overwrite else target
+            student = with_samplers(student, formats, options.scheduler, held)
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
@@ -227,9 +252,17 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
 
     steps, scale = options.num_inference_steps, options.guidance_scale
     sizes = options.height, options.width
-    others = {"loras": options.lora, "vae": options.vae, "variant": options.variant}
+    others = {
+        "loras": options.lora or None,
+        "vae": options.vae,
+        "controlnet": options.controlnet,
+        "conditioning_scale": options.controlnet_conditioning_scale,
+        "variant": options.variant,
+    }
+    changed = {name: value for name, value in others.items() if value is not None}
     if (options.model / MANIFEST).is_file():
-        if (steps, sizes) != (None, (None, None)) or any(others.values()):
+        told = steps, sizes, options.scheduler
+        if told != (None, (None, None), None) or changed:
             msg = f"{options.model}: a student has the steps, the size and the networks that it was trained for; leave them out."
             raise ConfigError(msg)
         student = Student.open(options.model)
@@ -244,9 +277,9 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
     from .single_root import resized
 
     asked = {"num_steps": steps, "guidance_scale": scale}
-    if any(others.values()):
+    if changed:
         loras = [Lora.parse(text) for text in options.lora]
-        student = open_variant(options.model, place, **{**others, "loras": loras}, **asked)
+        student = open_variant(options.model, place, **{**changed, "loras": loras}, **asked)
     else:
         student = open_source(options.model, **asked)
     return student if sizes == (None, None) else resized(student, *sizes)
@@ -291,11 +324,13 @@ def _foretell(student: "Student", planned: list[Job], target: Path, limit: int |
 
 def _tell(bundle: "Bundle", *, as_json: bool) -> None:
     artifacts = [_describe(bundle, item) for item in bundle.artifacts.values()]
+    samplers = {name: _sampler(table) for name, table in bundle.samplers.items()}
     if as_json:
         about = {
             "bundle": str(bundle.root),
             "name": bundle.name,
             "fingerprint": bundle.fingerprint,
+            "samplers": samplers,
         }
         print(json.dumps({**about, "artifacts": artifacts}, indent=1))
         return
@@ -310,7 +345,21 @@ def _tell(bundle: "Bundle", *, as_json: bool) -> None:
         )
         for item in artifacts
     ]
-    print(aligned(_HEADERS, rows), _LEGEND, f"Written: {bundle.root}", sep="\n")
+    told = [
+        f"Sampler {name}: {item['steps']} steps of {item['scheduler']}: {item['why']}."
+        for name, item in samplers.items()
+        if item["why"]
+    ]
+    print(aligned(_HEADERS, rows), _LEGEND, *told, f"Written: {bundle.root}", sep="\n")
+
+
+def _sampler(table: "SamplerTable") -> dict[str, Any]:
+    notes = table.annotations
+    return {
+        "steps": sum(1 for row in table.rows if row.call),
+        "scheduler": (notes.get("scheduler") or {}).get("_class_name"),
+        "why": notes.get(CHOICE),
+    }
 
 
 def _describe(bundle: "Bundle", artifact: "Artifact") -> dict[str, Any]:

@@ -6,6 +6,7 @@ INDEX = "model_index.json"
 """What makes a folder one that loaders open."""
 PACKAGES = "coreml/packages"
 RESOURCES = "coreml/Resources"
+SOURCES = "coreml/Swift"
 _GRAPHS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 _HALVES = ("vae_decoder", "vae_encoder")
 

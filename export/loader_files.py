@@ -11,10 +11,11 @@ from edgedistill.errors import ContractError, require
 from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.stock import objections
 from edgedistill.student import Student
+from edgedistill.swift import write_swift_sources
 from edgedistill.tables import tokenizers_of
 from edgedistill.telemetry import require_silent
 
-from .layouts import INDEX, RESOURCES
+from .layouts import INDEX, RESOURCES, SOURCES
 
 SCHEDULER = "scheduler/scheduler_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
@@ -54,7 +55,7 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
             (root / name).mkdir(exist_ok=True)
             shutil.copy2(student.folder(name) / "config.json", root / name / "config.json")
     if "coreml" in formats:
-        _write_apples(root)
+        _write_apples(student, root)
     write_json(root / INDEX, _index(student, tokenizers))
 
 
@@ -182,14 +183,15 @@ def _write_openvino_tokenizer(folder: Path) -> None:
     ov.save_model(model, folder / "openvino_tokenizer.xml", compress_to_fp16=False)
 
 
-def _write_apples(root: Path) -> None:
-    """Write what Apple's package reads beside compiled models, and what compiles them where that can be done."""
+def _write_apples(student: Student, root: Path) -> None:
+    """Write what Apple's package reads beside compiled models, what compiles them, and sources that run any table."""
     (root / RESOURCES).mkdir(parents=True, exist_ok=True)
     for name in (_VOCABULARY, _MERGES):
         shutil.copy2(root / "tokenizer" / name, root / RESOURCES / name)
     script = resources.files("export").joinpath("assets", _COMPILE).read_bytes()
     write_bytes(root / "coreml" / _COMPILE, script)
     (root / "coreml" / _COMPILE).chmod(0o755)
+    write_swift_sources(root / SOURCES, student.samplers)
 
 
 def check_formats(student: Student, formats: Collection[str]) -> None:
