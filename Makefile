@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Without bytecode files the first import of diffusers alone takes some 15 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quality teacher bench-cold bench-train bench-export clean
+.PHONY: demo test check quality teacher bench-cold bench-pipelines bench-train bench-export clean
 
 demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
 	$(BIN)/edgedistill demo -o demo
@@ -27,6 +27,9 @@ teacher: .venv/done  ## Train the packaged teachers again and compare them byte 
 
 bench-cold: .venv/done  ## Process start to picture, against a bare script.
 	$(BIN)/python examples/bench_cold_start.py
+
+bench-pipelines: .venv/done  ## Ours beside optimum's and OpenVINO GenAI's pipelines; SIZE=sd15 at full size, WORK=DIR with 13 GB.
+	$(BIN)/python examples/bench_pipelines.py --size $(or $(SIZE),tiny) --work $(or $(WORK),build/bench-pipelines)
 
 bench-train: .venv/done  ## A step through the trainer against the same step in plain PyTorch.
 	$(BIN)/python examples/bench_train.py
