@@ -9,6 +9,8 @@ import numpy as np
 from edgedistill.errors import ContractError
 
 DB_LIMIT = 999.0
+# Rounding in float32, up to 1e-6 of an output, moves the gain of a response of this size by at most 0.001.
+FAINT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,7 @@ def snr_db(reference: np.ndarray, got: np.ndarray) -> float:
 
 def psnr_db(reference: np.ndarray, got: np.ndarray, peak: float) -> float:
     """Return 20 log10(peak / rmse), where `peak` is the width of the value range."""
-    rmse = _norm(np.subtract(reference, got, dtype=np.float64)) / math.sqrt(np.size(reference))
-    return _decibel(peak, rmse)
+    return _decibel(peak, _rms(np.subtract(reference, got, dtype=np.float64)))
 
 
 def cosine(reference: np.ndarray, got: np.ndarray) -> float:
@@ -97,6 +98,16 @@ def response_gain(reference: np.ndarray, got: np.ndarray) -> float:
     return float(a @ b / (a @ a))
 
 
+def is_faint(response: np.ndarray, output: np.ndarray) -> bool:
+    """Say whether a response is too small beside the output for its gain to be measured.
+
+    Args:
+        response: Changes of the reference's output when a condition changes.
+        output: The reference's output; both are compared by their root mean square.
+    """
+    return 0 < _rms(response) < FAINT * _rms(output)
+
+
 def finite_db(value: float) -> float:
     """Return a value that JSON can hold: at most `DB_LIMIT` up or down."""
     return min(max(value, -DB_LIMIT), DB_LIMIT)
@@ -104,6 +115,10 @@ def finite_db(value: float) -> float:
 
 def _norm(values: np.ndarray) -> float:
     return float(np.linalg.norm(np.ravel(values).astype(np.float64)))
+
+
+def _rms(values: np.ndarray) -> float:
+    return _norm(values) / math.sqrt(np.size(values))
 
 
 def _decibel(signal: float, error: float) -> float:

@@ -16,7 +16,8 @@ class Floor:
     """What an artifact of one precision must reach.
 
     Fields:
-        raw: dB SNR of each row's raw prediction, teacher-forced: the network alone.
+        raw: dB SNR of each row's raw prediction, teacher-forced: the network alone, before guidance of two
+            calls, which magnifies their rounding by up to sqrt(g^2 + (g - 1)^2) at scale g.
         free: dB SNR of each row's state, free-running: errors have piled up.
         image: dB SNR of the finished samples.
         sensitivity: Largest distance from 1 of the gain (see `edgedistill.agreement.response_gain`) for every condition.
@@ -100,8 +101,10 @@ class RowParity:
         index: Position in the table.
         timestep: The label the network is fed; None where no network is called.
         raw, x0, next: Teacher-forced, from the reference's state: the prediction, the estimate of x and
-            the state after the row; the first two are None where no network is called.
+            the state after the row; the first two are None where no network is called. The prediction is
+            the network's own: where guidance makes one of two calls, it is both calls' together.
         free: Free-running, from this artifact's own state: the state after the row.
+        guided: Teacher-forced, the prediction after guidance of two calls; else None.
     """
 
     index: int
@@ -110,10 +113,11 @@ class RowParity:
     x0: Agreement | None
     next: Agreement
     free: Agreement
+    guided: Agreement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        forced = {"raw": self.raw, "x0": self.x0, "next": self.next}
+        forced = {"raw": self.raw, "guided": self.guided, "x0": self.x0, "next": self.next}
         return {
             "index": self.index,
             "timestep": self.timestep,
@@ -133,6 +137,7 @@ class ArtifactParity:
         described: What ran it, in the runtime's own words.
         rows, image: The comparisons; empty and None where it was skipped or broke.
         sensitivity: Gain of the output's response to each condition, by the condition's name.
+        faint: Conditions whose response in the reference is too small for a gain (see `edgedistill.agreement.is_faint`).
         load_ms: Milliseconds to open it.
         call_ms: Median milliseconds of one network evaluation of the whole probe batch.
         skipped: Why it was not run, and how to run it; None if it was.
@@ -150,6 +155,7 @@ class ArtifactParity:
     rows: tuple[RowParity, ...] = ()
     image: Agreement | None = None
     sensitivity: Mapping[str, float] = field(default_factory=dict)
+    faint: tuple[str, ...] = ()
     load_ms: float | None = None
     call_ms: float | None = None
     skipped: str | None = None
@@ -234,6 +240,7 @@ class ArtifactParity:
             "rows": [row.to_json() for row in self.rows],
             "image": self.image and self.image.to_json(),
             "sensitivity": dict(self.sensitivity),
+            "faint": list(self.faint),
             "failures": list(self.failures),
             "skipped": self.skipped,
         }

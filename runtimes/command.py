@@ -199,11 +199,11 @@ def _parity(options: argparse.Namespace) -> int:
 def _parity_text(report: Any) -> str:
     from edgedistill.terminal import aligned
 
-    from .summary import HEADERS, LEGEND, cells
+    from .summary import HEADERS, LEGEND, cells, notes
 
     lines = [f"{report.name}, {report.batch} samples from the same noise", ""]
     lines += [aligned(HEADERS, [cells(item) for item in report.artifacts]), ""]
-    lines += [f"{item.name} skipped: {item.skipped}" for item in report.artifacts if item.skipped]
+    lines += notes(report)
     width = report.value_range[1] - report.value_range[0]
     return "\n".join([*lines, *LEGEND.format(peak=width, batch=report.batch).split(". ")])
 

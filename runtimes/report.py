@@ -11,7 +11,7 @@ from edgedistill.parity import ParityReport, RowParity, floor_of
 from edgedistill.plot import line_plot
 from edgedistill.tables import DEFAULT
 
-from .summary import HEADERS, LEGEND, cells, decibel, required
+from .summary import HEADERS, LEGEND, cells, decibel, notes, required
 
 _MOODS = {"ok": "good", "failed": "bad", "skipped": "none"}
 _SHOWN = 16
@@ -50,11 +50,11 @@ def summary(report: ParityReport) -> Html:
     lines = [cells(item) for item in report.artifacts]
     for line in lines:
         line[verdict] = page.badge(line[verdict], _MOODS[line[verdict]])
-    skipped = [f"{item.name}: {item.skipped}" for item in report.artifacts if item.skipped]
+    told = notes(report)
     return page.section(
         "Every artifact against PyTorch",
         page.table(HEADERS, lines, left=(0, 1, 2, 3)),
-        page.bullets(skipped) if skipped else "",
+        page.bullets(told) if told else "",
         page.paragraph(page.muted(LEGEND.format(peak=width, batch=report.batch))),
     )
 
@@ -107,6 +107,7 @@ def numbers(report: ParityReport) -> Html:
                         "row",
                         "timestep",
                         "raw dB",
+                        "guided dB",
                         "x0 dB",
                         "next dB",
                         "free dB",
@@ -209,11 +210,12 @@ def _round_up(value: float) -> float:
 
 
 def _row_cells(row: RowParity) -> list[str]:
-    raw, x0 = row.raw, row.x0
+    raw, guided, x0 = row.raw, row.guided, row.x0
     return [
         str(row.index),
         "-" if row.timestep is None else f"{row.timestep:g}",
         decibel(raw.snr_db if raw else None),
+        decibel(guided.snr_db if guided else None),
         decibel(x0.snr_db if x0 else None),
         decibel(row.next.snr_db),
         decibel(row.free.snr_db),

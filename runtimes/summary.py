@@ -1,6 +1,7 @@
 """The parity report in rows of text, for the terminal and the page alike."""
 
-from edgedistill.parity import ArtifactParity, Floor
+from edgedistill.agreement import FAINT
+from edgedistill.parity import ArtifactParity, Floor, ParityReport
 
 HEADERS = (
     "artifact",
@@ -43,6 +44,17 @@ def cells(item: ArtifactParity) -> list[str]:
         f"{max(0.0, 1 - image.cosine):.1g}" if image else "-",
         _gain(item),
         "-" if item.call_ms is None else f"{item.call_ms:.1f}",
+    ]
+
+
+def notes(report: ParityReport) -> list[str]:
+    """Return what was not compared, and why."""
+    skipped = [f"{item.name} skipped: {item.skipped}" for item in report.artifacts if item.skipped]
+    faint = {(item.sampler, name): None for item in report.artifacts for name in item.faint}
+    return skipped + [
+        f"No gain for {name} (sampler {sampler}): it moves the reference's samples by less than {FAINT:g} "
+        "of their size."
+        for sampler, name in faint
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.agreement import Agreement, compare, response_gain
+from edgedistill.agreement import Agreement, compare, is_faint, response_gain
 from edgedistill.bundle import Artifact, Bundle
 from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
@@ -16,7 +16,7 @@ from edgedistill.generator import GENERATOR, run_generator
 from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
 from edgedistill.pipeline import Pipeline
 from edgedistill.plugins import ALIASES, RUNTIMES, find
-from edgedistill.probes import Golden
+from edgedistill.probes import CALLS, Golden
 from edgedistill.sampler import Network, RowTrace, run_table
 from edgedistill.table import SamplerTable
 from edgedistill.tables import DEFAULT, golden_file
@@ -168,10 +168,13 @@ def _finished(
 ) -> ArtifactParity:
     """Add what the finished samples tell."""
     low, high = table.space["value_range"]
+    responses = _responses(golden, output)
+    faint = tuple(name for name, (own, _) in responses.items() if is_faint(own, golden.output))
     return replace(
         entry,
         image=compare(golden.output, output, peak=high - low),
-        sensitivity=_sensitivity(golden, output),
+        sensitivity={k: response_gain(*both) for k, both in responses.items() if k not in faint},
+        faint=faint,
         output=output,
     )
 
@@ -206,13 +209,18 @@ class _Timed:
 
 
 def _row(trace: RowTrace, free: np.ndarray, kept: Mapping[str, np.ndarray]) -> RowParity:
+    guided = _optional(kept.get("raw"), trace.raw)
+    calls = [kept[name] for name in CALLS if name in kept]
+    # In a bundle that was written before the calls of guided rows were kept, what guidance made of them stands in.
+    alone = compare(np.concatenate(calls), np.concatenate(trace.calls)) if calls else guided
     return RowParity(
         trace.index,
         next(iter(trace.row.feeds.values()), None),
-        _optional(kept.get("raw"), trace.raw),
+        alone,
         _optional(kept.get("x0"), trace.x0),
         compare(kept["next"], trace.next),
         compare(kept["next"], free),
+        guided if trace.calls else None,
     )
 
 
@@ -220,14 +228,11 @@ def _optional(reference: np.ndarray | None, got: np.ndarray | None) -> Agreement
     return None if reference is None or got is None else compare(reference, got)
 
 
-def _sensitivity(golden: Golden, output: np.ndarray) -> dict[str, float]:
-    """Return the gain of the response to each condition, over all pairs that differ in it alone."""
+def _responses(golden: Golden, output: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the reference's response to each condition and the output's, over all pairs that differ in it alone."""
     changes: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for name, i, j in golden.pairs():
         wanted, got = changes.setdefault(name, ([], []))
         wanted.append(golden.output[i] - golden.output[j])
         got.append(output[i] - output[j])
-    return {
-        name: response_gain(np.stack(wanted), np.stack(got))
-        for name, (wanted, got) in changes.items()
-    }
+    return {name: (np.stack(wanted), np.stack(got)) for name, (wanted, got) in changes.items()}

@@ -117,6 +117,18 @@ def test_a_collapsed_response_fails_although_every_db_floor_holds(run, make, fak
     assert re.search(r"a change of `w` moves the samples 0\.1\d\d times as far", sentence)
 
 
+def test_a_response_of_rounding_size_is_named_and_not_judged(run, make, monkeypatch):
+    bundle = make({"fake-int8": ("fake", "int8")})
+    monkeypatch.setattr("edgedistill.agreement.FAINT", 0.5)
+    status, out, _ = run("parity", bundle)
+    assert status == 0
+    assert "No gain for w (sampler default): it moves the reference's samples by less than" in out
+    _, out, _ = run("parity", bundle, "--json")
+    (item,) = json.loads(out)["artifacts"]
+    assert "w" in item["faint"]
+    assert "w" not in item["sensitivity"]
+
+
 def test_a_broken_network_fails_its_artifact_and_not_the_run(run, make, fake):
     bundle = make({"good": ("fake", "int8"), "bad": ("fake", "float32")})
     calls = []

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from edgedistill.agreement import compare, cosine, psnr_db, response_gain, snr_db
+from edgedistill.agreement import FAINT, compare, cosine, is_faint, psnr_db, response_gain, snr_db
 from edgedistill.errors import ContractError
 
 RANDOM = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
@@ -79,3 +79,16 @@ def test_compare_refuses_what_is_not_finite(value):
 def test_compare_refuses_other_shapes():
     with pytest.raises(ContractError, match=r"one shape, got \(2,\) and \(1, 2\)"):
         compare(np.ones(2), np.ones((1, 2)))
+
+
+def test_a_response_of_rounding_size_has_no_gain() -> None:
+    generator = np.random.default_rng(0)
+    output, change = generator.standard_normal((2, 8, 64))
+    assert not is_faint(1.1 * FAINT * change, output)
+    assert is_faint(0.9 * FAINT * change, output)
+    assert is_faint(1e-7 * change[:2], output)
+    # No response at all is a defect of the student, which `response_gain` reports.
+    assert not is_faint(np.zeros_like(change), output)
+    # What the limit is for: float32's rounding, at its coarsest, on a response that is just large enough.
+    rounding = 1e-6 * generator.choice([-1.0, 1.0], change.shape)
+    assert abs(response_gain(FAINT * change, FAINT * change + rounding) - 1) < 1e-3
