@@ -22,6 +22,7 @@ Probes = dict[str, np.ndarray]
 Examples = Mapping[str, np.ndarray]  # (examples, channels, height, width) by the condition's name
 Call = tuple[Feeds, Feeds]  # what a network is fed, and what it answers
 GOLDEN_SAMPLES = 8
+CALLS = ("conditional", "unconditional")
 
 
 def golden_samples(
@@ -151,7 +152,9 @@ class Golden:
     Fields:
         noise: The bank, float32 (batch, channels, height, width) each.
         conditions: Network inputs by name, one entry per sample, guidance included.
-        rows: Per row ``state``, ``raw``, ``x0``, ``next``; no ``raw`` and ``x0`` where no network is called.
+        rows: Per row ``state``, ``raw``, ``x0``, ``next``; no ``raw`` and ``x0`` where no network is called;
+            also ``conditional`` and ``unconditional`` where guidance makes ``raw`` of two calls, but in
+            bundles that were written before these were kept.
         output: The finished samples.
     """
 
@@ -202,7 +205,8 @@ def record_golden(
     Returns:
         ``noise.{k}`` for each entry of the bank; ``condition.{name}``; for each row i ``row.{i}.state``,
         ``row.{i}.raw``, ``row.{i}.x0`` (both absent where no network is called) and ``row.{i}.next``;
-        ``output``. Whole numbers are int32, all else is float32.
+        where guidance makes ``raw`` of two calls, these as ``row.{i}.conditional`` and
+        ``row.{i}.unconditional``; ``output``. Whole numbers are int32, all else is float32.
     """
     bank = noise_bank(table, seeds)
     probes = {f"noise.{index}": array for index, array in enumerate(bank)}
@@ -212,6 +216,8 @@ def record_golden(
         for what in ("state", "raw", "x0", "next"):
             if getattr(trace, what) is not None:
                 probes[f"row.{trace.index}.{what}"] = getattr(trace, what)
+        for what, made in zip(CALLS, trace.calls, strict=False):
+            probes[f"row.{trace.index}.{what}"] = made
 
     probes["output"] = run_table(table, networks, bank, conditions, keep)
     return {name: _plain(value) for name, value in probes.items()}
@@ -303,7 +309,8 @@ def _numbered(
     held: Mapping[str, np.ndarray], prefix: str, calls: Sequence[str]
 ) -> dict[str, np.ndarray]:
     needed = ("state", "raw", "x0", "next") if calls else ("state", "next")
-    return {name: held[prefix + name] for name in needed}
+    further = [name for name in CALLS if prefix + name in held]
+    return {name: held[prefix + name] for name in (*needed, *further)}
 
 
 def _plain(value: Any) -> np.ndarray:

@@ -31,6 +31,8 @@ class RowTrace:
         raw: The prediction, after guidance; None where no network was called.
         x0: The estimate of x; None where no network was called.
         next: z after the row.
+        calls: The predictions that guidance was made of: that under the conditions, then that under the
+            null conditions; empty in a row without guidance, whose `raw` is the network's own.
     """
 
     index: int
@@ -39,6 +41,7 @@ class RowTrace:
     raw: Array | None
     x0: Array | None
     next: Array
+    calls: tuple[Array, ...] = ()
 
 
 Observer = Callable[[RowTrace], None]
@@ -202,8 +205,9 @@ def run_row(
 ) -> RowTrace:
     """Run one row from the state `z`; `history` holds earlier x0, the newest first."""
     raw = x0 = None
+    calls: tuple[Array, ...] = ()
     if row.call:
-        raw = _predict(table, row, networks, z, conditions)
+        raw, calls = _predict(table, row, networks, z, conditions)
         x0 = z * row.x0[0] + raw * row.x0[1]
         if row.clip is not None:
             x0 = x0.clip(*row.clip)
@@ -215,7 +219,7 @@ def run_row(
     after = sum(products[1:], start=products[0]) if products else z * 0.0
     if row.blend is not None:
         after = _blended(row.blend, after, noise, conditions)
-    return RowTrace(index, row, z, raw, x0, after)
+    return RowTrace(index, row, z, raw, x0, after, calls)
 
 
 def _blended(
@@ -233,14 +237,16 @@ def _predict(
     networks: Mapping[str, Network],
     z: Array,
     conditions: Mapping[str, Array],
-) -> Array:
+) -> tuple[Array, tuple[Array, ...]]:
+    """Return the prediction after guidance, and what guidance was made of."""
     inputs = {table.state_input: z if row.in_scale == 1 else z * row.in_scale}
     given = {**conditions, **inputs}
     conditional = _call(table, row, networks, given)
     if row.guidance_scale is None:
-        return conditional
+        return conditional, ()
     unconditional = _call(table, row, networks, {**given, **_null(table, given)})
-    return unconditional + (conditional - unconditional) * row.guidance_scale
+    guided = unconditional + (conditional - unconditional) * row.guidance_scale
+    return guided, (conditional, unconditional)
 
 
 def _null(table: SamplerTable, given: Mapping[str, Array]) -> dict[str, Array]:

@@ -131,6 +131,11 @@ def test_guidance_goes_on_beyond_the_conditional_answer() -> None:
     plain = net({"sample": z, "timestep": 500.0})["out_sample"]
     null, labelled = 10 / 16, np.array([2, 4]).reshape(-1, 1, 1, 1) / 16
     assert np.allclose(traces[0].raw, plain + null + 3 * (labelled - null), atol=1e-6)
+    for call, shift in zip(traces[0].calls, (labelled, null), strict=True):
+        assert np.allclose(call, plain + shift, atol=1e-6)
+    traces.clear()
+    run_table(one(ROW, conditions=LABELS), {"unet": net}, [z], labels, traces.append)
+    assert traces[0].calls == ()
 
 
 def test_networks_of_a_row_feed_one_another() -> None:
