@@ -1,6 +1,6 @@
 """Write a tiny pipeline of random weights, a folder as diffusers writes it: what loaders and exports are tried on.
 
-python examples/make_tiny_pipeline.py --kind sd|lcm|sdxl|unconditional|class|dit OUT [--seed 0]
+python examples/make_tiny_pipeline.py --kind sd|lcm|sdxl|controlnet|unconditional|class|dit OUT [--seed 0]
 
 The networks are those of the known architectures, each made narrow and shallow; the tokenizer is CLIP's
 with a vocabulary of bytes and a few words. It takes seconds and a few megabytes.
@@ -130,6 +130,20 @@ def _lcm() -> diffusers.DiffusionPipeline:
     return _sd(time_cond_proj_dim=256)
 
 
+def _controlnet() -> diffusers.DiffusionPipeline:
+    parts = _sd().components
+    widths = (4, 8)  # of the embedding of the picture, which is twice as large as the latent
+    side = diffusers.ControlNetModel.from_unet(
+        parts["unet"], conditioning_embedding_out_channels=widths
+    )
+    for parameter in side.parameters():
+        if not parameter.any():  # of the convolutions that are zero before training
+            parameter.data.normal_()
+    return diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=side, requires_safety_checker=False
+    )
+
+
 def _sdxl() -> diffusers.DiffusionPipeline:
     name = "stable-diffusion-xl-base-1.0"
     return diffusers.StableDiffusionXLPipeline(
@@ -168,6 +182,7 @@ KINDS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sd": _sd,
     "lcm": _lcm,
     "sdxl": _sdxl,
+    "controlnet": _controlnet,
     "unconditional": _unconditional,
     "class": _classes,
     "dit": _dit,
@@ -198,7 +213,7 @@ def _text_encoder(name: str, part: str = "text_encoder") -> transformers.PreTrai
     return getattr(transformers, config["architectures"][0])(settings)
 
 
-def _scheduler(kind: type, name: str) -> diffusers.SchedulerMixin:
+def _scheduler(kind: Any, name: str) -> diffusers.SchedulerMixin:
     config = read_json(ARCHITECTURES / name / "scheduler" / "scheduler_config.json")
     return kind.from_config({k: v for k, v in config.items() if k != "_class_name"})
 

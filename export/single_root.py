@@ -118,11 +118,14 @@ def resized(student: Student, height: int | None, width: int | None) -> Student:
         height, width: Of the image; None: as it is.
 
     Raises:
-        ConfigError: If it works on pixels, or its latents cannot make this size.
+        ConfigError: If it works on pixels or has a ControlNet, or its latents cannot make this size.
     """
     decoder = student.signatures.get(_DECODER)
     if decoder is None:
         msg = f"{student.root}: only what works on latents is exported at another size, and it has no {_DECODER}."
+        raise ConfigError(msg)
+    if any(spec.kind == "residual" for each in student.signatures.values() for spec in each.inputs):
+        msg = f"{student.root}: a ControlNet is exported at the size that its pipeline was made for; leave height and width out."
         raise ConfigError(msg)
     latents, images = decoder.inputs[0].shape[2:], decoder.outputs[0].shape[2:]
     factor = int(images[0]) // int(latents[0])

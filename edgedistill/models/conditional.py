@@ -198,6 +198,20 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     Raises:
         ValueError: If the configuration asks for an input that is not known here.
     """
+    refuse_unknown_inputs(config)
+    if config.get("time_cond_proj_dim"):
+        return ExtendedUNet2DConditionModel(config, Inputs({"w": SCALES["w"]}))
+    return UNet2DConditionModel.from_config(
+        {key: value for key, value in config.items() if not key.startswith("_")}
+    )
+
+
+def refuse_unknown_inputs(config: Mapping[str, Any]) -> None:
+    """Refuse a stock network with further inputs that are not known here.
+
+    Raises:
+        ValueError: Naming them.
+    """
     unknown = [f"{name} {config[name]!r}" for name in _NONE if config.get(name) is not None]
     if (added := config.get("addition_embed_type")) not in (None, "text_time"):
         unknown.append(f"addition_embed_type {added!r}")
@@ -206,11 +220,6 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     if unknown:
         msg = f"its inputs are not known here: {', '.join(unknown)}"
         raise ValueError(msg)
-    if config.get("time_cond_proj_dim"):
-        return ExtendedUNet2DConditionModel(config, Inputs({"w": SCALES["w"]}))
-    return UNet2DConditionModel.from_config(
-        {key: value for key, value in config.items() if not key.startswith("_")}
-    )
 
 
 def build_conditional_residual_encoder(config: Mapping[str, Any]) -> ConditionalResidualEncoder:

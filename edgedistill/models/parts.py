@@ -15,6 +15,8 @@ from edgedistill.text import Tokenizer
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
 PROMPTS = "prompts.txt"
+CONTROLNET = "controlnet"
+CONTROLNETS = ("ControlNetModel",)
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 DENOISERS: Mapping[str, tuple[str, ...]] = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),
@@ -26,7 +28,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
 }
 _EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
 # Parts of pipelines that their networks cannot be called without.
-_UNKNOWN = ("text_encoder_3", "prior", "movq", "vqvae", "image_encoder_2", "controlnet", "unet_2")
+_UNKNOWN = ("text_encoder_3", "prior", "movq", "vqvae", "image_encoder_2", "controlnet_1", "unet_2")
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
@@ -69,6 +71,12 @@ class Parts:
     def vae(self) -> Path | None:
         """The autoencoder's folder."""
         folder = self.root / "vae"
+        return folder if folder.is_dir() else None
+
+    @property
+    def controlnet(self) -> Path | None:
+        """The folder of the ControlNet."""
+        folder = self.root / CONTROLNET
         return folder if folder.is_dir() else None
 
     @property
@@ -214,4 +222,27 @@ def refuse_strangers(
         )
     if problems:
         msg = f"{name}: parts of different pipelines: {'; '.join(problems)}."
+        raise BundleError(msg)
+
+
+def refuse_other_controlnet(root: Path, denoiser: Signature, controlnet: Signature) -> None:
+    """Refuse a ControlNet that is for another network.
+
+    Args:
+        root: The pipeline's folder.
+        denoiser: Of the network, which takes residuals.
+        controlnet: Of the ControlNet.
+
+    Raises:
+        BundleError: Naming the first tensor that differs.
+    """
+    taken = {spec.name: spec.shape for spec in denoiser.inputs}
+    shared = [spec for spec in controlnet.inputs if spec.kind != "image"]
+    for spec in (*shared, *controlnet.outputs):
+        if taken.get(spec.name) != spec.shape:
+            found, wanted = list(spec.shape), list(taken.get(spec.name, ()))
+            msg = f"{root}: {CONTROLNET}/ is for another network: its `{spec.name}` is {found}, that of unet/ {wanted or 'not there'}."
+            raise BundleError(msg)
+    if len(controlnet.outputs) != sum(spec.kind == "residual" for spec in denoiser.inputs):
+        msg = f"{root}: {CONTROLNET}/ is for another network: it makes {len(controlnet.outputs)} residuals, unet/ has more blocks."
         raise BundleError(msg)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from edgedistill import manifest
@@ -16,11 +17,14 @@ from edgedistill.files import read_json
 from edgedistill.models import store
 from edgedistill.models.parts import (
     AUTOENCODERS,
+    CONTROLNET,
+    CONTROLNETS,
     DENOISERS,
     ENCODERS,
     Parts,
     conditions_of,
     find_parts,
+    refuse_other_controlnet,
     refuse_strangers,
     space_of,
 )
@@ -58,8 +62,9 @@ def open_source(
     """Open whatever can be exported; of a folder that is no student's, not a weight is read or copied.
 
     Args:
-        path: A student's folder; or a pipeline's, with ``unet/`` or ``transformer/`` and ``scheduler/``; or
-            that of such a network alone, with ``scheduler_config.json`` in it or in its parent.
+        path: A student's folder; or a pipeline's, with ``unet/`` or ``transformer/`` and ``scheduler/``, and
+            perhaps ``controlnet/``; or that of such a network alone, with ``scheduler_config.json`` in it or
+            in its parent.
         num_steps: Rows of the table; None: `NUM_STEPS`.
         guidance_scale: g. Where the network takes it as an input it is the default there, else every row
             calls the network with and without condition. None: `EMBEDDED_DEFAULT`, or no guidance.
@@ -129,6 +134,8 @@ def _sketch(parts: Parts) -> _Sketch:
     folders: dict[str, str] = {}
     with torch.device("meta"):
         denoiser = store.open_one_of(parts.folder, DENOISERS[parts.name], bare=True)
+        if parts.controlnet is not None:
+            denoiser, networks[CONTROLNET] = _controlled(parts, denoiser)
         signature = store.signature(denoiser)
         networks[parts.name] = denoiser
         if parts.folder == parts.root:
@@ -151,6 +158,23 @@ def _sketch(parts: Parts) -> _Sketch:
     for name, network in networks.items():
         store.weights_of(network, parts.root / folders.get(name, name))
     return _Sketch(store.config_of(denoiser), networks, folders, vae)
+
+
+def _controlled(parts: Parts, denoiser: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the network that draws as one that takes residuals, and the ControlNet that makes them."""
+    from edgedistill.models.controlnet import controlled, controlling
+
+    stock: Any = store.open_one_of(parts.root / CONTROLNET, CONTROLNETS, bare=True)
+    if not isinstance(denoiser, UNet2DConditionModel):
+        msg = (
+            f"{parts.root / CONTROLNET}: is for a UNet2DConditionModel, and {parts.name}/ is none."
+        )
+        raise BundleError(msg)
+    taking = controlled(denoiser)
+    signature = store.signature(taking)
+    made = controlling(stock, signature)
+    refuse_other_controlnet(parts.root, signature, made.signature)
+    return taking, made
 
 
 def _encoders(parts: Parts, denoiser: Signature) -> dict[str, TextEncoder]:
@@ -182,7 +206,7 @@ def _table(
         config,
         num_steps,
         shape=state,
-        network=parts.name,
+        network=(CONTROLNET, parts.name) if parts.controlnet is not None else parts.name,
         guidance=guidance,
         conditions=_conditions(parts, sketch, signature, classes, state),
         clamp=(-1.0, 1.0),
@@ -213,7 +237,12 @@ def _conditions(
     shape: Any = state
     if sketch.vae is not None:
         shape = store.signature(sketch.networks[_DECODER]).outputs[0].shape[1:]
-    return conditions_of(denoiser, classes=classes, image_shape=shape, text=reads)
+    asked = conditions_of(denoiser, classes=classes, image_shape=shape, text=reads)
+    if parts.controlnet is None:
+        return asked
+    from edgedistill.models.controlnet import picture_of
+
+    return *asked, picture_of(store.signature(sketch.networks[CONTROLNET]))
 
 
 def _guidance(

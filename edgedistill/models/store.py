@@ -58,6 +58,24 @@ def _half_autoencoder(config: dict[str, Any]) -> nn.Module:
     return build_half(config)
 
 
+def _controlnet(config: dict[str, Any]) -> nn.Module:
+    from edgedistill.models.controlnet import build_controlnet
+
+    return build_controlnet(config)
+
+
+def _controlling(network: Any, signature: Signature) -> nn.Module:
+    from edgedistill.models.controlnet import controlling
+
+    return controlling(network, signature)
+
+
+def _with_residuals(network: Any, signature: Signature) -> nn.Module:
+    from edgedistill.models.controlnet import asked_residuals
+
+    return asked_residuals(network, signature)
+
+
 def _half_of(network: Any, signature: Signature) -> nn.Module:
     from edgedistill.models.vae import half_of
 
@@ -74,6 +92,7 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "UNet2DModel": build_stock,
     "UNet2DConditionModel": build_conditional,
     "DiTTransformer2DModel": _transformer,
+    "ControlNetModel": _controlnet,
     "CLIPTextModel": _text_encoder,
     "CLIPTextModelWithProjection": _text_encoder,
     "AutoencoderKL": _autoencoder,
@@ -89,6 +108,9 @@ BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 FACES: dict[str, Callable[[Any, Signature], nn.Module]] = {
     "AutoencoderKL": _half_of,
     "AutoencoderTiny": _half_of,
+    "ControlNetModel": _controlling,
+    "UNet2DConditionModel": _with_residuals,
+    "ExtendedUNet2DConditionModel": _with_residuals,
     "CLIPTextModel": _asked,
     "CLIPTextModelWithProjection": _asked,
 }
@@ -168,7 +190,8 @@ def facing(network: nn.Module, signature: Signature) -> nn.Module:
 
     Args:
         network: An autoencoder, of which a signature takes one half, at a size of latents; a text encoder,
-            which answers as one of a pair where no ``pooled`` is asked of it; any other is returned as it is.
+            which answers as one of a pair where no ``pooled`` is asked of it; a ControlNet, at a size of
+            latents; a UNet, which may be asked to take residuals; any other is returned as it is.
         signature: What is wanted of it.
     """
     turn = FACES.get(str(class_name(config_of(network))))

@@ -1,6 +1,7 @@
-"""A pipeline's folder with other weights: a variant, LoRA files merged, another autoencoder; the rest is linked."""
+"""A pipeline's folder with other weights: a variant, LoRA files merged, another autoencoder, a ControlNet; the rest is linked."""
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, sha256, write_json
 from edgedistill.models import store
 from edgedistill.models.lora_file import PARTS, Layers, add_updates, read_lora
-from edgedistill.models.parts import AUTOENCODERS, INDEX, PROMPTS
+from edgedistill.models.parts import AUTOENCODERS, CONTROLNET, CONTROLNETS, INDEX, PROMPTS
 from edgedistill.models.source import open_source
 from edgedistill.student import Student
 from edgedistill.weight_files import (
@@ -25,7 +26,7 @@ from edgedistill.weight_files import (
     variants,
 )
 
-_WHOLE = (*PARTS, "vae", "scheduler", "tokenizer", "tokenizer_2", INDEX, PROMPTS)
+_WHOLE = (*PARTS, "vae", CONTROLNET, "scheduler", "tokenizer", "tokenizer_2", INDEX, PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def open_variant(
     *,
     loras: Sequence[Lora] = (),
     vae: Path | None = None,
+    controlnet: Path | None = None,
+    conditioning_scale: float | None = None,
     variant: str | None = None,
     **asked: Any,
 ) -> Student:
@@ -73,6 +76,8 @@ def open_variant(
         place: An empty folder to write to.
         loras: Added one after another.
         vae: Folder of another autoencoder.
+        controlnet: Folder of a ControlNet; None: the pipeline's own, if it has one.
+        conditioning_scale: Multiplies what it adds to the network's skips; None: 1, or what was set before.
         variant: Name of the weights to take, such as ``"fp16"``, where a network has them.
         **asked: As `edgedistill.models.source.open_source`.
 
@@ -89,20 +94,22 @@ def open_variant(
     open_source(root, **asked)  # refuses what cannot be taken before there is any work
     if vae is not None:
         store.open_one_of(vae, AUTOENCODERS, bare=True)
+    if controlnet is not None:
+        store.open_one_of(controlnet, CONTROLNETS, bare=True)
     updates = [(lora, read_lora(lora.path)) for lora in loras]
     changed = sorted({part for _, held in updates for part in held})
     for part in changed:
         if not (root / part).is_dir():
             msg = f"{root}: has no {part}/, which a LoRA updates; the file is for another pipeline, or this is no whole one."
             raise BundleError(msg)
+    replaced = {"vae": vae, CONTROLNET: controlnet}
     for part in _WHOLE:
-        source = vae if part == "vae" and vae is not None else root / part
-        if source.is_dir() and part not in changed:
-            shutil.copytree(source, place / part, copy_function=_linked)
-        elif source.is_file():
-            _linked(str(source), str(place / part))
+        if part not in changed:
+            _link(replaced.get(part) or root / part, place / part)
     for part in changed:
         _write_updated(root / part, place / part, part, updates)
+    if conditioning_scale is not None:
+        _set_scale(place / CONTROLNET / "config.json", conditioning_scale)
     student = open_source(place, **asked)
     merged = [
         {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
@@ -110,10 +117,22 @@ def open_variant(
     done = {
         "lora": merged,
         "vae": None if vae is None else vae.resolve().name,
+        CONTROLNET: None if controlnet is None else controlnet.resolve().name,
+        "conditioning_scale": conditioning_scale,
         "variant": variant,
     }
-    told = {name: value for name, value in done.items() if value}
+    told = {name: value for name, value in done.items() if value not in (None, [])}
     return dataclasses.replace(student, name=name, provenance={**student.provenance, **told})
+
+
+def _set_scale(path: Path, scale: float) -> None:
+    """Write how much of a ControlNet there is into its configuration."""
+    from edgedistill.models.controlnet import SCALE
+
+    if not path.is_file() or not math.isfinite(scale):
+        msg = f"A conditioning scale is a finite number for a ControlNet, got {scale:g}; give one with --controlnet."
+        raise ConfigError(msg)
+    write_json(path, {**read_json(path), SCALE: scale})
 
 
 def _of_variant(root: Path, place: Path, variant: str) -> Path:
@@ -127,10 +146,8 @@ def _of_variant(root: Path, place: Path, variant: str) -> Path:
             (place / source.name).mkdir()
             for path, plain in plain_names([source / "config.json", *files]).items():
                 _linked(str(path), str(place / source.name / plain))
-        elif source.is_dir():
-            shutil.copytree(source, place / source.name, copy_function=_linked)
-        elif source.is_file():
-            _linked(str(source), str(place / source.name))
+        else:
+            _link(source, place / source.name)
         taken |= bool(stems)
     if not taken:
         msg = f"{root}: no network has weights of the variant {variant!r}; leave it out, or get the files {DIFFUSERS}.{variant}.safetensors."
@@ -150,6 +167,14 @@ def _write_updated(
         add_updates(state, held.get(part, {}), lora.scale, str(lora.path))
     write_json(folder / "config.json", config)
     store.save_weights(state, folder / store.weights_file(network), {"format": "pt"})
+
+
+def _link(source: Path, target: Path) -> None:
+    """Link a file, or the files of a folder; what is not there is left out."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=_linked)
+    elif source.is_file():
+        _linked(str(source), str(target))
 
 
 def _linked(source: str, target: str) -> str:

@@ -224,9 +224,9 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         _config("unet", encoder_hid_dim_type="text_proj"),
         "inputs are not known here: encoder_hid_dim_type",
     ),
-    "a controlnet": (
-        lambda root: (root / "controlnet").mkdir(),
-        "controlnet: pipelines with this part are not known",
+    "two controlnets": (
+        lambda root: (root / "controlnet_1").mkdir(),
+        "controlnet_1: pipelines with this part are not known",
     ),
     "pickles": (
         _renamed(f"{UNET}.safetensors", f"{UNET}.bin"),
