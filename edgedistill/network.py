@@ -32,6 +32,7 @@ class CheckedNetwork:
         self.name = name
         self.signature = signature
         self.session = session
+        self._wanted = Signature(tuple(map(_plain, signature.inputs)), ()).with_batch(BATCH)
 
     def __call__(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the outputs for a batch; arrays in `given` that are not inputs are left out.
@@ -55,13 +56,12 @@ class CheckedNetwork:
             ContractError: If an input is missing or a shape does not fit.
         """
         batch = next((np.shape(a)[0] for a in given.values() if np.ndim(a) > 0), 1)
-        wanted = Signature(tuple(map(_plain, self.signature.inputs)), ()).with_batch(BATCH)
         feeds = {
             spec.name: _as_batch(given[spec.name], batch, spec.dtype)
-            for spec in wanted.inputs
+            for spec in self._wanted.inputs
             if spec.name in given
         }
-        wanted.check(feeds)
+        self._wanted.check(feeds)
         return feeds
 
     def _pieces(self, feeds: Feeds) -> list[np.ndarray]:
