@@ -232,6 +232,29 @@ def test_without_guidance_our_onnx_runner_leaves_its_inputs_alone(exports) -> No
     assert not np.shares_memory(first, given["sample"])
 
 
+@pytest.mark.slow
+def test_io_binding_spoils_their_student_without_guidance_and_not_ours(
+    exports, monkeypatch
+) -> None:
+    exported = exports("sd")
+    optimum = pytest.importorskip("optimum.onnxruntime", reason="needs the extra `interop`")
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    reference = exported.ours("torch", 4)[0]
+    np.testing.assert_allclose(exported.ours("onnxruntime", 4)[0], reference, atol=LATENTS)
+    unbound, bound = (
+        exported.theirs(
+            optimum.ORTDiffusionPipeline.from_pretrained(exported.root, use_io_binding=binding),
+            4,
+            monkeypatch,
+        )[0]
+        for binding in (False, True)
+    )
+    np.testing.assert_allclose(unbound, reference, atol=LATENTS)
+    if np.abs(bound - unbound).max() <= LATENTS:
+        pytest.skip("the installed optimum-onnx no longer writes over the latents")
+    assert np.abs(bound - unbound).max() > 1
+
+
 @pytest.fixture(scope="module")
 def onnx_root(tiny_pipelines, tmp_path_factory) -> Bundle:
     student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
