@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Without bytecode files the first import of diffusers alone takes some 15 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quality teacher bench-cold bench-pipelines bench-train bench-export clean
+.PHONY: demo test check quality parity-students teacher bench-cold bench-pipelines bench-train bench-export clean
 
 demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
 	$(BIN)/edgedistill demo -o demo
@@ -20,6 +20,9 @@ check: .venv/done
 
 quality: .venv/done  ## Every method over three seeds, side by side and resumable: quality/quality.md and quality.json.
 	$(BIN)/python examples/quality.py -o quality
+
+parity-students: .venv/done  ## Every trained student through export, compression and parity: parity/parity.md.
+	$(BIN)/python examples/parity_of_students.py quality -o parity
 
 teacher: .venv/done  ## Train the packaged teachers again and compare them byte for byte.
 	$(BIN)/python examples/train_digits_teacher.py --check

@@ -31,7 +31,7 @@ from edgedistill.environment import versions
 from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.training.run import distill
 
-BEGIN, END = "<!-- written by examples/quality.py --docs -->\n", "<!-- end of what it wrote -->\n"
+BEGIN, END = "<!-- written by examples/{} --docs -->\n", "<!-- end of what it wrote -->\n"
 NAMED = ("torch", "diffusers", "numpy", "scikit-learn")  # versions that figures depend on
 CPU_INFO = Path("/proc/cpuinfo")
 Task = tuple[str, int]  # name of a run, seed
@@ -166,12 +166,13 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {next(models, platform.processor() or platform.machine())}"
 
 
-def put(text: str, path: Path) -> None:
-    """Replace what stands between the markers of a file."""
-    before, begun, rest = path.read_text().partition(BEGIN)
+def put(text: str, path: Path, script: str = "quality.py") -> None:
+    """Replace what stands between a script's markers in a file."""
+    begin = BEGIN.format(script)
+    before, begun, rest = path.read_text().partition(begin)
     _, ended, after = rest.partition(END)
     if not begun or not ended:
-        msg = f"{path}: lacks the lines {BEGIN.strip()} and {END.strip()}."
+        msg = f"{path}: lacks the lines {begin.strip()} and {END.strip()}."
         raise SystemExit(msg)
     write_bytes(path, f"{before}{begun}\n{text}\n{ended}{after}".encode())
 

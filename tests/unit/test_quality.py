@@ -77,10 +77,11 @@ def test_a_student_that_follows_must_beat_the_teacher_in_every_respect(module: A
 
 def test_the_document_is_written_between_its_markers_alone(module: Any, tmp_path: Path) -> None:
     quality, path = module("quality"), tmp_path / "quality.md"
-    path.write_text(f"# before\n{quality.BEGIN}old\n{quality.END}\nafter\n")
+    begin = quality.BEGIN.format("quality.py")
+    path.write_text(f"# before\n{begin}old\n{quality.END}\nafter\n")
     for _ in range(2):
         quality.put("new\n", path)
-        assert path.read_text() == f"# before\n{quality.BEGIN}\nnew\n\n{quality.END}\nafter\n"
+        assert path.read_text() == f"# before\n{begin}\nnew\n\n{quality.END}\nafter\n"
     path.write_text("# before\n")
     with pytest.raises(SystemExit, match="lacks the lines <!-- written by"):
         quality.put("new\n", path)
