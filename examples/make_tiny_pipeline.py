@@ -1,6 +1,6 @@
 """Write a tiny pipeline of random weights, a folder as diffusers writes it: what loaders and exports are tried on.
 
-python examples/make_tiny_pipeline.py --kind sd|lcm|sdxl|controlnet|unconditional|class|dit OUT [--seed 0]
+python examples/make_tiny_pipeline.py --kind sd|sd2|lcm|sdxl|controlnet|unconditional|class|dit OUT [--seed 0]
 
 The networks are those of the known architectures, each made narrow and shallow; the tokenizer is CLIP's
 with a vocabulary of bytes and a few words. It takes seconds and a few megabytes.
@@ -126,6 +126,30 @@ def _sd(**unet: Any) -> diffusers.DiffusionPipeline:
     )
 
 
+def _sd2() -> diffusers.DiffusionPipeline:
+    """Make a pipeline of the architecture of Stable Diffusion 2.1."""
+    name = "stable-diffusion-v1-5"
+    unet: dict[str, Any] = {
+        "attention_head_dim": [1, 2],
+        "upcast_attention": True,
+        "use_linear_projection": True,
+    }
+    text: dict[str, Any] = {"hidden_act": "gelu", "hidden_size": 32, "num_hidden_layers": 23}
+    parts = _sd().components
+    return diffusers.StableDiffusionPipeline(
+        **parts
+        | {
+            "text_encoder": _text_encoder(name, **text),
+            "tokenizer": _tokenizer(padding="!"),
+            "unet": tiny_unet(name, cross_attention_dim=32, **unet),
+            "scheduler": diffusers.DDIMScheduler.from_config(
+                parts["scheduler"].config, prediction_type="v_prediction"
+            ),
+        },
+        requires_safety_checker=False,
+    )
+
+
 def _lcm() -> diffusers.DiffusionPipeline:
     return _sd(time_cond_proj_dim=256)
 
@@ -180,6 +204,7 @@ def _dit() -> diffusers.DiffusionPipeline:
 
 KINDS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sd": _sd,
+    "sd2": _sd2,
     "lcm": _lcm,
     "sdxl": _sdxl,
     "controlnet": _controlnet,
@@ -205,8 +230,10 @@ def _vae(name: str) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL.from_config({**config, **_VAE})
 
 
-def _text_encoder(name: str, part: str = "text_encoder") -> transformers.PreTrainedModel:
-    config = {**read_json(ARCHITECTURES / name / part / "config.json"), **_TEXT}
+def _text_encoder(
+    name: str, part: str = "text_encoder", **further: Any
+) -> transformers.PreTrainedModel:
+    config = {**read_json(ARCHITECTURES / name / part / "config.json"), **_TEXT, **further}
     words = _vocabulary()
     tokens = {"bos_token_id": words[START], "eos_token_id": words[END], "pad_token_id": words[END]}
     settings = transformers.CLIPTextConfig(**{**config, **tokens, "vocab_size": len(words)})

@@ -189,7 +189,7 @@ def refuse_strangers(
     tokenizer: Tokenizer | None,
     vae: Mapping[str, Any] | None,
 ) -> None:
-    """Refuse parts that cannot belong together.
+    """Refuse parts that cannot belong together, and networks that draw on more than their state.
 
     Args:
         name: Of the whole, for messages.
@@ -202,20 +202,23 @@ def refuse_strangers(
     Raises:
         BundleError: Saying which.
     """
+    taken, made = denoiser.inputs[0].shape[1], denoiser.outputs[0].shape[1]
+    if taken != made:
+        msg = f"{name}: {network}/ takes {taken} channels and makes {made}: what the others are given, such as mask and picture of an inpainting model, is not known here; give a text-to-image model, which inpaints with a `mask` too."
+        raise BundleError(msg)
     problems = []
     widths: dict[str, int] = {}
     for spec in (spec for encoder in encoders for spec in encoder.signature.outputs):
         widths[spec.name] = widths.get(spec.name, 0) + int(spec.shape[-1])
     for spec in denoiser.inputs:
         if spec.kind in ("text", "pooled") and encoders and widths.get(spec.name) != spec.shape[-1]:
-            made = widths.get(spec.name, "no")
+            found = widths.get(spec.name, "no")
             problems.append(
-                f"text_encoder/ makes {made} numbers of `{spec.name}`, {network}/ takes {spec.shape[-1]}"
+                f"text_encoder/ makes {found} numbers of `{spec.name}`, {network}/ takes {spec.shape[-1]}"
             )
     words = tokenizer.vocabulary_size if tokenizer is not None else 0
     if encoders and words > (known := min(item.vocabulary_size for item in encoders)):
         problems.append(f"tokenizer/ knows more words than text_encoder/, {known}")
-    taken = denoiser.inputs[0].shape[1]
     if vae is not None and vae["latent_channels"] != taken:
         problems.append(
             f"vae/ makes latents of {vae['latent_channels']} channels, {network}/ takes {taken}"

@@ -31,6 +31,7 @@ CLASSES = [3, 1]
 TEXT = {"output_type": "np", "height": 16, "width": 16}
 ASKED: dict[str, dict[str, Any]] = {
     "sd": {"prompt": PROMPTS, **TEXT},
+    "sd2": {"prompt": PROMPTS, **TEXT},
     "lcm": {"prompt": PROMPTS, **TEXT},
     "sdxl": {"prompt": PROMPTS, **TEXT},
     "unconditional": {"batch_size": 2, "output_type": "np"},
@@ -40,6 +41,8 @@ ASKED: dict[str, dict[str, Any]] = {
 CASES = [
     ("sd", 1.0, 4),
     ("sd", 5.0, 2),
+    ("sd2", 1.0, 4),
+    ("sd2", 5.0, 2),
     ("lcm", 8.5, 4),
     ("lcm", 3.0, 1),
     ("sdxl", 1.0, 2),
@@ -95,7 +98,9 @@ def test_it_samples_what_the_pipeline_samples(
     assert np.abs(images[0] - images[1]).max() > 0.05
 
 
-@pytest.mark.parametrize(("kind", "scale"), [("sdxl", 4.0), ("lcm", 3.0), ("dit", 4.0)])
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("sd2", 5.0), ("sdxl", 4.0), ("lcm", 3.0), ("dit", 4.0)]
+)
 def test_it_is_exported_with_prompts_in_and_images_out(
     kind: str, scale: float, tiny_pipelines: Path, tmp_path: Path
 ) -> None:
@@ -259,6 +264,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another autoencoder": (
         _config("vae", _class_name="AutoencoderDC"),
         "vae: is a AutoencoderDC; .* AutoencoderKL, AutoencoderTiny",
+    ),
+    "an inpainting model": (
+        _config("unet", in_channels=9),
+        "unet/ takes 9 channels and makes 4: .* mask and picture of an inpainting model",
     ),
     "strangers": (
         _config("vae", latent_channels=16),
