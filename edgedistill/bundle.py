@@ -196,6 +196,11 @@ class Bundle:
         """Whether the loaders of pipelines open it, as ``edgedistill export --layout single-root`` lays it out."""
         return (self.root / "model_index.json").is_file()
 
+    def copy(self, relative: str, folder: Path) -> None:
+        """Copy a network into a folder, with the weights that lie beside it; names stay as they are."""
+        for part in _members(self.path(relative)):
+            _copy(part, folder / part.name)
+
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
         paths = {self.root / net.path for net in artifact.networks.values()}

@@ -1,7 +1,7 @@
 """Bundle to smaller bundle: which artifacts, in what order, each checked before the whole is written."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,7 @@ from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import Call, Golden, record_calls
+from edgedistill.router import SIGN_PLANES
 from edgedistill.tables import golden_file
 
 from .calibration import calibration_batches
@@ -81,7 +82,7 @@ def plan(bundle: Bundle, config: Config, only: Sequence[str] = ()) -> Plan:
         elif source is None:
             left_out[name] = f"the bundle holds no {' or '.join(_precisions(name))} artifact of it"
         else:
-            jobs.append(Job(source, _result(source, config.precision)))
+            jobs.append(Job(source, _result(source, config.precision, _deciders(bundle))))
     if not jobs or (only and left_out):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         msg = (
@@ -152,13 +153,26 @@ def _source(bundle: Bundle, format_: str) -> Artifact | None:
     return next((held[name] for name in _precisions(format_) if name in held), None)
 
 
-def _result(source: Artifact, precision: str) -> Artifact:
+def _deciders(bundle: Bundle) -> set[str]:
+    """Return the networks whose answers decide which student draws a sample: a rounded one may choose another."""
+    found: set[str] = set()
+    for table in bundle.samplers.values():
+        text = table.condition("text")
+        if table.router is not None and table.router.kind == SIGN_PLANES and text is not None:
+            found.update(text.encoders)
+    return found
+
+
+def _result(source: Artifact, precision: str, kept: Collection[str]) -> Artifact:
     folder = PurePosixPath(source.format, precision)
+
+    def place(name: str, path: PurePosixPath) -> str:
+        if name in kept:
+            return str(folder / name / path.name)
+        return str(folder / (_first_of(source, str(path)) + path.suffix))
+
     networks = {
-        name: NetworkFile(
-            str(folder / (_first_of(source, file.path) + PurePosixPath(file.path).suffix)),
-            file.signature,
-        )
+        name: NetworkFile(place(name, PurePosixPath(file.path)), file.signature)
         for name, file in source.networks.items()
     }
     name = f"{source.format}-{precision}"
@@ -175,11 +189,14 @@ def _in_place(job: Job, base: Bundle) -> Job:
 
 def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progress) -> Artifact:
     made: dict[str, Any] = {}
-    calls = _held_out_calls(bundle, job.source)
+    calls, deciders = _held_out_calls(bundle, job.source), _deciders(bundle)
     runtime = plugins.find(plugins.RUNTIMES, job.result.runtime)
     for name, file in job.result.networks.items():
         source, path = bundle.path(job.source.networks[name].path), root / file.path
-        if not path.exists():  # several names may stand for one file
+        if name in deciders:
+            bundle.copy(job.source.networks[name].path, path.parent)
+            made[name] = {"kept": "the router chooses students by its answer"}
+        elif not path.exists():  # several names may stand for one file
             made[name] = _compress(bundle, name, job, config, (source, path), progress)
         else:
             made[name] = {"same_as": _first_of(job.result, file.path)}

@@ -336,6 +336,25 @@ def prompted(tmp_path_factory) -> Bundle:
     return export_student(worded(folder / "student"), folder / "bundle", ["onnx"])
 
 
+def test_what_the_router_reads_is_not_rounded(prompted, tmp_path):
+    smaller = quantize_bundle(prompted, tmp_path / "smaller", WeightOnlyConfig("int8"))
+    before = prompted.artifacts["onnx-float32"].networks["text_encoder"].path
+    after = smaller.artifacts["onnx-int8-weights"].networks["text_encoder"].path
+    assert smaller.path(after).read_bytes() == prompted.path(before).read_bytes()
+    golden = load_probes(prompted.path("probes/golden.safetensors"))["condition.input_ids"]
+    chosen = [
+        route(
+            prompted.table.router,
+            edgedistill.load(b, "onnxruntime").networks["text_encoder"]({"input_ids": golden}),
+        )
+        for b in (prompted, smaller)
+    ]
+    assert np.array_equal(*chosen)
+    assert smaller.size(smaller.artifacts["onnx-int8-weights"]) < prompted.size(
+        prompted.artifacts["onnx-float32"]
+    )
+
+
 def test_prompts_tokens_and_embeddings_say_the_same(prompted):
     pipeline = edgedistill.load(prompted, "onnxruntime")
     prompts = ["a handwritten three", "the digit seven", "a small grey nine"]
