@@ -290,7 +290,9 @@ def test_parts_of_different_pipelines_are_refused(tmp_path: Path) -> None:
     folder = save(make_pipeline(), tmp_path)
     config = UNet2DConditionModel.load_config(folder / "unet")
     store.save(
-        UNet2DConditionModel.from_config({**config, "cross_attention_dim": 16, "in_channels": 9}),
+        UNet2DConditionModel.from_config(
+            {**config, "cross_attention_dim": 16, "in_channels": 9, "out_channels": 9}
+        ),
         folder / "unet",
     )
     with pytest.raises(
