@@ -1,6 +1,7 @@
 """OpenVINO: one network, compiled for the shapes it is given, float32 inside unless asked otherwise."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from edgedistill.errors import BundleError, ConfigError
 from edgedistill.network import Session, check_graph
 from edgedistill.telemetry import require_silent
 
+from .mapped import passing
 from .options import accept
 
 PRECISIONS = ("f32", "f16", "bf16", "auto")
@@ -35,7 +37,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     chosen = accept("openvino", options, device="CPU", precision="f32", threads=0)
     core = ov.Core()
     device = _device(core, str(chosen["device"]).upper())
-    compiled = _Compiled(core, path, device, _settings(chosen))
+    compiled = _Compiled(ov, core, path, device, _settings(chosen))
     model = compiled.read()
     outputs = [port.get_any_name() for port in model.outputs]
     check_graph(path, signature, (port.get_any_name() for port in model.inputs), outputs)
@@ -54,12 +56,15 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
 class _Compiled:
     """A model, compiled for the shapes of its first call, which is the fastest; other calls share one with free shapes."""
 
-    def __init__(self, core: Any, path: Path, device: str, settings: Mapping[str, Any]) -> None:
-        self.core, self.path, self.device, self.settings = core, path, device, settings
+    def __init__(
+        self, ov: Any, core: Any, path: Path, device: str, settings: Mapping[str, Any]
+    ) -> None:
+        self.ov, self.core, self.path, self.device, self.settings = ov, core, path, device, settings
         self.requests: dict[tuple[Any, ...], Any] = {}
+        self.weights: list[np.ndarray] = []  # what is compiled points into them
 
     def read(self) -> Any:
-        """Read the model; its weights are not in memory before it is compiled, and go with it."""
+        """Read the model; its weights are not in memory before it is compiled."""
         return self._told(self.core.read_model, str(self.path))
 
     def request(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
@@ -67,14 +72,26 @@ class _Compiled:
         key = tuple(sorted(shapes.items()))
         known = self.requests.get(key, self.requests.get(()))
         if known is None:
-            model = self.read()
-            if self.requests:
-                key = ()
-            else:
-                model.reshape({name: list(shape) for name, shape in shapes.items()})
-            compiled = self._told(self.core.compile_model, model, self.device, dict(self.settings))
+            with self._passing() as model:
+                if self.requests:
+                    key = ()
+                else:
+                    model.reshape({name: list(shape) for name, shape in shapes.items()})
+                compiled = self._told(self.core.compile_model, model, self.device, self.settings)
             known = self.requests[key] = compiled.create_infer_request()
         return known
+
+    @contextlib.contextmanager
+    def _passing(self) -> Iterator[Any]:
+        """Give the model, whose weights are not held beside what is compiled of them."""
+        weights = self.path.with_suffix(".bin")
+        if not weights.is_file() or not weights.stat().st_size:
+            yield self.read()
+            return
+        with passing(weights) as array:
+            self.weights.append(array)
+            held = self.ov.Tensor(array, shared_memory=True)
+            yield self._told(self.core.read_model, self.path.read_bytes(), held)
 
     def _told(self, work: Callable[..., Any], *arguments: Any) -> Any:
         try:
