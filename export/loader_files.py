@@ -56,7 +56,7 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
             shutil.copy2(student.folder(name) / "config.json", root / name / "config.json")
     if "coreml" in formats:
         _write_apples(student, root)
-    write_json(root / INDEX, _index(student, tokenizers))
+    write_json(root / INDEX, _index(student, tokenizers, formats))
 
 
 def why_not(student: Student) -> str | None:
@@ -107,9 +107,15 @@ def pipeline_class(student: Student) -> str:
     return "StableDiffusionPipeline"
 
 
-def _index(student: Student, tokenizers: Collection[str]) -> dict[str, Any]:
+def _index(
+    student: Student, tokenizers: Collection[str], formats: Collection[str]
+) -> dict[str, Any]:
     import diffusers
 
+    # OpenVINO GenAI opens no other class, and runs a small decoder under that name; diffusers wants its own.
+    vae = "AutoencoderKL"
+    if "openvino" not in formats:
+        vae = str(read_json(student.folder("vae_decoder") / "config.json")["_class_name"])
     kind = pipeline_class(student)
     second = "text_encoder_2" in student.signatures
     index: dict[str, Any] = {
@@ -122,8 +128,7 @@ def _index(student: Student, tokenizers: Collection[str]) -> dict[str, Any]:
         **({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]} if second else {}),
         **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
         "unet": ["diffusers", "UNet2DConditionModel"],
-        # OpenVINO GenAI opens no other class; it reads of the configuration what a small one has too.
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae],
     }
     if second:
         source = student.root / INDEX

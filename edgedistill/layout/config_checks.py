@@ -141,6 +141,20 @@ def tiny_decoder(folder: Folder, loader: str) -> Iterator[Finding]:
             )
 
 
+@check("genai")
+def tiny_encoder(folder: Folder, _: str) -> Iterator[Finding]:
+    """openvino.genai draws the latents of an image from mean and variance, and AutoencoderTiny gives neither."""
+    path = "vae_encoder/config.json"
+    if folder.json(path).get("_class_name") == "AutoencoderTiny":
+        yield Finding(
+            path,
+            "an AutoencoderKL for image-to-image and inpainting",
+            "AutoencoderTiny",
+            "make pictures of prompts alone there, or use edgedistill's own pipeline",
+            "warning",
+        )
+
+
 @check("ort", "openvino", "genai", "swift")
 def decoders_agree(folder: Folder, _: str) -> Iterator[Finding]:
     """Both halves of the autoencoder, and the whole, tell the same sizes."""

@@ -183,6 +183,8 @@ def signature(
     outputs = contract.outputs
     if stacked and network.startswith("text_encoder"):
         outputs = _stacked(format_, outputs, sizes.get("num_hidden_layers"))
+    if network == "vae_encoder" and sizes.get("_class_name") == "AutoencoderTiny":
+        outputs = _DECODER.inputs  # latents themselves, for it has no distribution
     inputs = tuple(item for item in contract.inputs if item.name not in absent)
     fixed = {key: value for key, value in sizes.items() if isinstance(value, int) and value > 0}
     return Signature(inputs, outputs).bind(**fixed)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
@@ -18,6 +19,7 @@ from edgedistill.files import read_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models import store
 from edgedistill.models.source import open_source
+from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
 from edgedistill.student import Student
@@ -478,3 +480,38 @@ def test_smaller_networks_take_the_place_of_their_sources(exports, tmp_path, mon
         "openvino/int8-weights/unet.xml"
     )
     assert both.single_root
+
+
+@pytest.mark.slow
+def test_a_small_autoencoder_runs_in_every_loader_that_its_folder_is_for(
+    tiny_pipelines, tmp_path, monkeypatch
+) -> None:
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
+    (tmp_path / "place").mkdir()
+    student = open_variant(
+        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=2
+    )
+    options = ExportOptions(layout=SINGLE_ROOT)
+    made = export_student(student, tmp_path / "root", ["onnx"], options)
+    assert read_json(made.root / "model_index.json")["vae"] == ["diffusers", "AutoencoderTiny"]
+    found = check_layout(made.root, ["diffusers", "ort"])
+    assert [item for item in found if item.level == "error"] == []
+    exported = Exported("sd", made, {2: "default"})
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    _, own = exported.ours("torch", 2)
+    np.testing.assert_allclose(exported.ours("onnxruntime", 2)[1], own, atol=LATENTS)
+    for open_one in (open_diffusers, open_ort):
+        _, picture = exported.theirs(open_one(made.root), 2, monkeypatch)
+        np.testing.assert_allclose(picture, own.clip(0, 1), atol=LATENTS)
+    # OpenVINO GenAI compares the class with its own, so that the index changes with the format.
+    both = export_student(student, tmp_path / "root", ["openvino"], options)
+    assert read_json(both.root / "model_index.json")["vae"] == ["diffusers", "AutoencoderKL"]
+    errors = [
+        item
+        for item in check_layout(both.root, ["diffusers", "ort", "openvino", "genai"])
+        if item.level == "error"
+    ]
+    assert {item.loader for item in errors} == {"diffusers"}

@@ -502,6 +502,18 @@ def _both(*edits):
 
 UNET_JSON, TEXT_JSON = "unet/config.json", "text_encoder/config.json"
 VAE_JSON, INDEX_JSON = "vae_decoder/config.json", "model_index.json"
+
+
+def _tiny(root):
+    """Put a small autoencoder in place of the other: its encoder gives latents without a distribution."""
+    for name in ("vae", "vae_decoder", "vae_encoder"):
+        _edit(f"{name}/config.json", "_class_name", to="AutoencoderTiny")(root)
+        _edit(f"{name}/config.json", "scaling_factor", to=1.0)(root)
+    line = HALVES["vae_encoder"].replace("latent_parameters f32 B,8", "latent_sample f32 B,4")
+    for format_ in ("onnx", "openvino"):
+        _write_graph(root / _path(format_, "vae_encoder"), line)
+
+
 SCHEDULER_JSON = "scheduler/scheduler_config.json"
 PACKAGE = _path("coreml", "unet")
 MODELC = "coreml/Resources/{}.mlmodelc/metadata.json"
@@ -617,6 +629,7 @@ WARNINGS = [
     *((_both(_scheduler(_class_name=f"{name}Scheduler"), _index("scheduler", "1", to=f"{name}Scheduler")), "sd", LOADERS[:4], SCHEDULER_JSON, "the 2 steps of sampler.json", "not known") for name in NOT_COMPILED),
     (_graph("coreml", "unet", " 2,", " 1,"), "sd", ["swift"], PACKAGE, "batch 2 for guidance 'cfg'", "batch 1"),
     (_remove("samplers"), "sd", ["swift"], "sampler.json", "linspace with 1, 2, 3 steps", "none"),
+    (_tiny, "sd", ["genai"], "vae_encoder/config.json", "AutoencoderKL for image-to-image", "AutoencoderTiny"),
     (_chunks(whole=()), "sd", ["swift"], PACKAGE, "either", "unet_chunk1"),
     (lambda root: (root / PACKAGE).rename(root / "coreml/packages/mine_unet.mlpackage"), "sd", ["swift"], "coreml/packages/mine_unet.mlpackage", "Stable_Diffusion_version_", "mine"),
 ]
@@ -650,6 +663,14 @@ def test_a_scheduler_that_genai_has_is_no_error(folder, name):
         _scheduler(_class_name=f"{name}Scheduler"), _index("scheduler", "1", to=f"{name}Scheduler")
     )(root)
     assert [item for item in check_layout(root, LOADERS) if item.level == "error"] == []
+
+
+def test_a_small_autoencoder_suits_all_but_the_class_that_is_declared(folder):
+    root = folder("sd")
+    _tiny(root)
+    assert check_layout(root, ["ort", "openvino"]) == []
+    (found,) = check_layout(root, ["diffusers"])
+    assert (found.file, found.found) == (INDEX_JSON, "'AutoencoderKL'")
 
 
 MMDIT = "latent_image_embeddings f16 2,4,8,8 | token_level_text_embeddings f16 2,32,1,154 | pooled_text_embeddings f16 2,16,1,1 | timestep f16 2 -> denoiser_output f32 2,4,8,8"
