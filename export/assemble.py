@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from .layouts import SINGLE_ROOT, place
 from .loader_files import check_formats, make_stock, write_loader_files
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects, with_one_scale
-from .worker import in_child, works_alone
+from .worker import called, in_child, works_alone
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 
@@ -127,10 +127,14 @@ def _fill(
 ) -> None:
     for name, table in student.samplers.items():
         check(table, str(student.root / table_file(name)))
-    networks = _open_networks(student)
+    # Networks that are all written in processes of their own are never read in this one.
+    apart = {name for name, size in sizes(student).items() if works_alone(options.isolate, size)}
+    sketched = apart if all(job.sampler is None for job in missing) else set()
+    networks = _open_networks(student, sketched)
     steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
-        steps.append((REFERENCE, functools.partial(_add_reference, draft, student, options.layout)))
+        refer = functools.partial(_add_reference, draft, student, options.layout, alone=bool(apart))
+        steps.append((REFERENCE, refer))
     add = functools.partial(_add, draft, student, networks, options.isolate)
     steps += [(job.name, functools.partial(add, job)) for job in missing]
     for done, (name, write) in enumerate(steps):
@@ -142,22 +146,40 @@ def _fill(
     progress("", len(steps), len(steps))
 
 
-def _open_networks(student: Student) -> Networks:
+def sizes(student: Student) -> dict[str, int]:
+    """Return the bytes of float32 weights of each network that the tables call, from their configurations."""
+    names = [name for name in networks_of(student.samplers) if name in student.signatures]
+    return {
+        name: _size(store.facing(store.sketch(student.folder(name)), student.signatures[name]))
+        for name in names
+    }
+
+
+def _size(network: nn.Module) -> int:
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
+def _open_networks(student: Student, sketched: Collection[str] = ()) -> Networks:
     """Load what a table calls, each folder once, and hold it to the student's manifest.
+
+    Args:
+        student: Whose networks they are.
+        sketched: Names of those of which no weight is read.
 
     Raises:
         ContractError: If a network is not in the manifest, or takes or gives something else.
     """
     networks: dict[str, nn.Module] = {}
-    loaded: dict[Path, nn.Module] = {}
+    loaded: dict[tuple[Path, bool], nn.Module] = {}
     for name in networks_of(student.samplers):
         if name not in student.signatures:
             msg = f"{student.root}: the table calls network {name!r}, but the student holds only: {', '.join(student.signatures)}."
             raise ContractError(msg)
         folder = student.folder(name)
-        if folder not in loaded:
-            loaded[folder] = store.load(folder)
-        networks[name] = store.facing(loaded[folder], student.signatures[name])
+        key = folder, name in sketched
+        if key not in loaded:
+            loaded[key] = (store.sketch if name in sketched else store.load)(folder)
+        networks[name] = store.facing(loaded[key], student.signatures[name])
         shared = name in student.folders
         if not _fits(student.signatures[name], store.signature(networks[name]), shared=shared):
             msg = f"{folder}: its inputs and outputs are not those of the student's manifest; distil it anew."
@@ -189,28 +211,32 @@ def _digest(folder: Path) -> str:
     return " ".join(f"{path.name} {sha256(path)}" for path in weights_in(folder))
 
 
-def _add_reference(draft: Draft, student: Student, layout: str) -> None:
+def _add_reference(draft: Draft, student: Student, layout: str, *, alone: bool) -> None:
+    draft.add(called(_write_reference, draft.root, student, layout, alone=alone))
+
+
+def _write_reference(root: Path, student: Student, layout: str) -> Artifact:
     """Copy the networks as they are, those of equal bytes once, and record the probes with them."""
     files, reference = {}, {}
     written: dict[str, str] = {}
     for name, signature in _signatures(student, BATCH).items():
         folder = student.folder(name)
         path = written.setdefault(_digest(folder), place(layout, "torch", "float32", name))
-        if not (draft.root / path).exists():
-            (draft.root / path).mkdir(parents=True)
+        if not (root / path).exists():
+            (root / path).mkdir(parents=True)
             for part, named in plain_names(weights_in(folder)).items():
-                shutil.copy2(part, draft.root / path / named)
+                shutil.copy2(part, root / path / named)
             if layout == SINGLE_ROOT:
-                make_stock(draft.root / path)
-        session = plugins.find(plugins.RUNTIMES, "torch").open(draft.root / path, signature, {})
+                make_stock(root / path)
+        session = plugins.find(plugins.RUNTIMES, "torch").open(root / path, signature, {})
         files[name] = NetworkFile(path, signature)
         reference[name] = CheckedNetwork(name, signature, session)
     made_with = {"torch": torch.__version__, "options": {}}
-    draft.add(Artifact(REFERENCE, "torch", "torch", "float32", files, made_with))
-    _add_probes(draft, student, reference)
+    _write_probes(root, student, reference)
+    return Artifact(REFERENCE, "torch", "torch", "float32", files, made_with)
 
 
-def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedNetwork]) -> None:
+def _write_probes(root: Path, student: Student, reference: Mapping[str, CheckedNetwork]) -> None:
     examples: Examples = {}
     if (student.root / EXAMPLES).is_file():
         examples = load_probes(student.root / EXAMPLES)
@@ -218,7 +244,7 @@ def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedN
     runs = []
     for name, table in student.samplers.items():
         golden = record_golden(table, reference, *golden_samples(table, examples, tokenize))
-        save_probes(golden, draft.root / golden_file(name))
+        save_probes(golden, root / golden_file(name))
         given = spread_conditions(table, len(CALIBRATION_SEEDS), examples, tokenize)
         runs.append((table, given))
     calibration = record_calibration(runs, reference, CALIBRATION_SEEDS)
@@ -226,7 +252,7 @@ def _add_probes(draft: Draft, student: Student, reference: Mapping[str, CheckedN
     if unused := sorted(set(reference) - called):
         msg = f"{student.root}: no example is routed to {', '.join(unused)}; add texts that are to the condition's `examples`."
         raise ContractError(msg)
-    save_probes(calibration, draft.root / CALIBRATION)
+    save_probes(calibration, root / CALIBRATION)
 
 
 def _graphs(
@@ -251,12 +277,11 @@ def _add(draft: Draft, student: Student, networks: Networks, isolate: str, job: 
         path = written.setdefault((weights, signature), own)
         if path == own:
             place_of = draft.root / path
-            size = sum(value.nbytes for value in network.state_dict().values())
-            if works_alone(isolate, size):
+            if works_alone(isolate, _size(network)):
                 report, used = in_child(_write_alone, student, job, name, place_of)
                 reports.append({**report, **asdict(used)})
             else:
-                reports.append(_write(network, signature, job, place_of))
+                reports.append(_write(network, signature, job, place_of, consume=False))
         files[name] = NetworkFile(path, signature)
     made_with = {
         **reports[0],
@@ -280,13 +305,18 @@ def _used(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _write(network: nn.Module, signature: Signature, job: Job, path: Path) -> dict[str, Any]:
-    return FORMATS[job.format].write(network, plain(signature), path, job.precision, job.settings)
+def _write(
+    network: nn.Module, signature: Signature, job: Job, path: Path, *, consume: bool
+) -> dict[str, Any]:
+    write = FORMATS[job.format].write
+    return write(network, plain(signature), path, job.precision, job.settings, consume=consume)
 
 
 def _write_alone(student: Student, job: Job, name: str, path: Path) -> dict[str, Any]:
-    """Open the networks anew and write one of them."""
-    return _write(*_graphs(student, _open_networks(student), job)[name], job, path)
+    """Open the networks anew, only that one where it can be, and write one of them."""
+    others = set(networks_of(student.samplers)) - {name} if job.sampler is None else set()
+    graph = _graphs(student, _open_networks(student, others), job)[name]
+    return _write(*graph, job, path, consume=True)
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -21,7 +21,7 @@ ALL = "all"
 _GRAPH = ("single_graph", "text_inside")
 _ROOT = ("layout", "free_sizes")
 Settings = Mapping[str, Any]
-Writer = Callable[["nn.Module", "Signature", Path, str, Settings], dict[str, Any]]
+Writer = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Format:
         suffix: Of the file.
         precisions: What it is written in, the one to ship first.
         settings: Fields of `ExportOptions` that change the file.
-        write: Takes (network, signature, path, precision, settings), returns what made the file and
-            its ``snr_db``.
+        write: Takes (network, signature, path, precision, settings, consume=whether the network is of no use
+            afterwards), returns what made the file and its ``snr_db``.
     """
 
     runtime: str
@@ -92,28 +92,49 @@ class Format:
 
 
 def _onnx(
-    network: "nn.Module", signature: "Signature", path: Path, _precision: str, settings: Settings
+    network: "nn.Module",
+    signature: "Signature",
+    path: Path,
+    _precision: str,
+    settings: Settings,
+    *,
+    consume: bool,
 ) -> dict[str, Any]:
     from .to_onnx import write_onnx
 
-    return write_onnx(network, signature, path, opset=settings["opset"], dynamo=settings["dynamo"])
+    opset, dynamo = settings["opset"], settings["dynamo"]
+    return write_onnx(network, signature, path, opset=opset, dynamo=dynamo, consume=consume)
 
 
 def _openvino(
-    network: "nn.Module", signature: "Signature", path: Path, precision: str, _settings: Settings
+    network: "nn.Module",
+    signature: "Signature",
+    path: Path,
+    precision: str,
+    _settings: Settings,
+    *,
+    consume: bool,
 ) -> dict[str, Any]:
     from .to_openvino import write_openvino
 
-    return write_openvino(network, signature, path, precision=precision)
+    return write_openvino(network, signature, path, precision=precision, consume=consume)
 
 
 def _coreml(
-    network: "nn.Module", signature: "Signature", path: Path, precision: str, settings: Settings
+    network: "nn.Module",
+    signature: "Signature",
+    path: Path,
+    precision: str,
+    settings: Settings,
+    *,
+    consume: bool,
 ) -> dict[str, Any]:
     from .to_coreml import write_coreml
 
     target = settings["deployment_target"]
-    return write_coreml(network, signature, path, precision=precision, deployment_target=target)
+    return write_coreml(
+        network, signature, path, precision=precision, deployment_target=target, consume=consume
+    )
 
 
 FORMATS: Mapping[str, Format] = {

@@ -1,16 +1,14 @@
 """The only thing that is traced: one network, positional inputs in signature order, plain tensors out."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedistill.agreement import compare, finite_db
 from edgedistill.contract import BATCH, Signature, TensorSpec
-from edgedistill.errors import CheckFailedError
 from edgedistill.models import store
-from edgedistill.network import Session
+
+from .checking import Expected
+from .worker import AUTO, works_alone
 
 LAST_TIMESTEP = 999.0
 # Sizes to trace and to check with where the signature leaves them free.
@@ -45,6 +43,11 @@ class Frozen(nn.Module):
         values = made if isinstance(made, tuple) else (made,)
         names = [spec.name for spec in self.signature.outputs]
         return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its weights are worth a process of their own."""
+        return works_alone(AUTO, sum(value.nbytes for value in self.state_dict().values()))
 
     def release(self) -> None:
         """Give the memory of the weights back; the network cannot be called any more."""
@@ -85,46 +88,9 @@ def free_axes(spec: TensorSpec) -> dict[int, str]:
     return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
-@dataclass(frozen=True)
-class Expected:
-    """One call of a network in PyTorch, kept so that a written graph is checked when the network is gone.
-
-    Fields:
-        feeds: Inputs by name.
-        outputs: What PyTorch answers, by name.
-    """
-
-    feeds: dict[str, np.ndarray]
-    outputs: dict[str, np.ndarray]
-
-
 def expected_of(frozen: Frozen) -> Expected:
     """Call a network on `examples`."""
     inputs = examples(frozen.signature)
     names = [spec.name for spec in frozen.signature.inputs]
     feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}
     return Expected(feeds, frozen.run(*inputs))
-
-
-def check_against(expected: Expected, session: Session, floor: float, what: str) -> float:
-    """Run a written graph once on what PyTorch was given.
-
-    Args:
-        expected: The reference.
-        session: Runs the written file.
-        floor: dB SNR that must be reached.
-        what: What was written, for the message.
-
-    Returns:
-        dB SNR of the file's worst answer; 999 where every bit is equal.
-
-    Raises:
-        CheckFailedError: If it is below `floor`.
-    """
-    got = session(expected.feeds)
-    found = {name: compare(value, got[name]).snr_db for name, value in expected.outputs.items()}
-    worst = min(found, key=lambda name: found[name])
-    if found[worst] < floor:
-        msg = f"{what}: {found[worst]:.1f} dB SNR of `{worst}` against PyTorch, at least {floor:.0f} dB is required; it was not written."
-        raise CheckFailedError(msg)
-    return finite_db(found[worst])

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 import edgedistill
-from edgedistill import plugins
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.mlpackage import quiet_coremltools, write_package
 
-from .frozen import Frozen, check_against, examples, expected_of
+from .checking import Check, check_file
+from .frozen import Frozen, examples, expected_of
+from .worker import called
 
 # dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
 # floors of edgedistill.parity to say. Large networks lose more in float16: Stable Diffusion 1.5 keeps 48 dB.
@@ -65,7 +66,8 @@ def write_coreml(
         path: The ``.mlpackage`` to write.
         precision: ``"float16"`` or ``"float32"``, of the arithmetic and the weights.
         deployment_target: The earliest system it must run on.
-        consume: Give the network's memory back before the package is run; it is of no use afterwards.
+        consume: Give the network's memory back before the package is run; it is of no use afterwards. A large
+            package is run in a process of its own.
 
     Returns:
         What made it: options, versions, and ``snr_db`` against PyTorch.
@@ -79,22 +81,17 @@ def write_coreml(
     _check(signature, precision, deployment_target)
     frozen = Frozen(network, signature)
     expected = expected_of(frozen)
+    alone = consume and frozen.is_large
     with quiet_coremltools() as coremltools, _without_known_warnings():
-        model = _convert(coremltools, frozen, precision, deployment_target)
+        model = convert_coreml(coremltools, frozen, precision, deployment_target)
         if consume:
             frozen.release()
-        _describe(model, signature)
+        options = {"device": "reference"}
+        check = Check("coreml", signature, expected, LEAST_DB[precision], options)
         snr_db = write_package(
             model,
             path,
-            lambda package: check_against(
-                expected,
-                plugins.find(plugins.RUNTIMES, "coreml").open(
-                    package, signature, {"device": "reference"}
-                ),
-                LEAST_DB[precision],
-                str(path),
-            ),
+            lambda package: called(check_file, check, package, str(path), alone=alone),
         )
     return {
         "exporter": "coremltools",
@@ -126,14 +123,15 @@ def _check(signature: Signature, precision: str, deployment_target: str) -> None
             raise ContractError(msg)
 
 
-def _convert(coremltools: Any, frozen: Frozen, precision: str, target: str) -> Any:
+def convert_coreml(coremltools: Any, frozen: Frozen, precision: str, target: str) -> Any:
+    """Trace and convert, unchecked and unsaved; arguments as of `write_coreml`."""
     with torch.no_grad():
         traced = torch.jit.trace(frozen, examples(frozen.signature), check_trace=False)
         # PyTorch folds the constants: coremltools' numpy is one bit off in the frequencies of the
         # embeddings, which leaves 96 dB of the sine of a thousand radians.
         traced = torch.jit.freeze(traced.eval(), optimize_numerics=False)
     try:
-        return coremltools.convert(
+        model = coremltools.convert(
             traced,
             convert_to="mlprogram",
             inputs=[
@@ -147,6 +145,8 @@ def _convert(coremltools: Any, frozen: Frozen, precision: str, target: str) -> A
     except NotImplementedError as error:
         msg = f"coremltools {coremltools.__version__} cannot convert this network: {error}"
         raise ContractError(msg) from error
+    _describe(model, frozen.signature)
+    return model
 
 
 def _arithmetic(coremltools: Any, precision: str) -> dict[str, Any]:

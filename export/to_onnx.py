@@ -12,15 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedistill import plugins
 from edgedistill.contract import Signature
 from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 
-from .frozen import Frozen, check_against, examples, expected_of, free_axes
+from .checking import Check, check_file
+from .frozen import Frozen, examples, expected_of, free_axes
 from .recording import record
-from .weights import save_graph
+from .weights import MOVES, save_graph
+from .worker import called
 
 OPSET = 17  # what every runtime of the last years reads
 DYNAMO_OPSET = 20  # the newer exporter writes no older one without converting
@@ -45,7 +46,7 @@ def write_onnx(
         opset: Version of the operator set; None: `OPSET`, or `DYNAMO_OPSET` with `dynamo`.
         dynamo: Use the newer exporter. It gives half the nodes and takes twenty times as long.
         consume: Give the network's memory back once it is written, before the file is opened; it is of no use
-            afterwards.
+            afterwards. A large file is opened in a process that never imports torch.
 
     Returns:
         What made it: exporter, opset, versions, and ``snr_db`` against PyTorch.
@@ -57,9 +58,9 @@ def write_onnx(
     """
     onnx = require("onnx", "onnx")
     opset = opset or (DYNAMO_OPSET if dynamo else OPSET)
-    runtime = plugins.find(plugins.RUNTIMES, "onnxruntime")
     frozen = Frozen(network, signature)
     expected = expected_of(frozen)
+    alone = consume and frozen.is_large
     with written_beside(path) as made:
         trace_onnx(frozen, made, opset=opset, dynamo=dynamo)
         if consume:
@@ -70,8 +71,8 @@ def write_onnx(
             reason = " ".join(str(error).split())
             msg = f"{path.name}: not valid ONNX ({reason}); it was not written."
             raise CheckFailedError(msg) from error
-        session = runtime.open(made, signature, {})
-        snr_db = check_against(expected, session, floor_of("float32").raw, path.name)
+        check = Check("onnxruntime", signature, expected, floor_of("float32").raw, {})
+        snr_db = called(check_file, check, made, path.name, alone=alone)
     return {
         "exporter": "torch.onnx dynamo" if dynamo else "torch.onnx TorchScript",
         "opset": opset,
@@ -81,8 +82,22 @@ def write_onnx(
     }
 
 
-def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool = False) -> None:
-    """Trace to an ONNX file with declared names and shapes and nothing that tells where it was made."""
+def trace_onnx(
+    frozen: Frozen,
+    path: Path,
+    *,
+    opset: int = OPSET,
+    dynamo: bool = False,
+    transposed: bool = True,
+) -> None:
+    """Trace to an ONNX file with declared names and shapes and nothing that tells where it was made.
+
+    Args:
+        frozen: The network.
+        path: The file to write.
+        opset, dynamo: As of `write_onnx`.
+        transposed: Store weights as matrix products read them, else as the network has them, with a node each.
+    """
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / path.name
@@ -103,7 +118,7 @@ def trace_onnx(frozen: Frozen, path: Path, *, opset: int = OPSET, dynamo: bool =
         for value, spec in zip(values, specs, strict=False):  # the weights follow
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
             value.CopyFrom(onnx.helper.make_tensor_value_info(spec.name, kind, spec.shape))
-    save_graph(model, weights, path)
+    save_graph(model, weights, path, MOVES if transposed else MOVES - {"Transpose"})
 
 
 def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> Mapping[str, Tensor]:

@@ -8,19 +8,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from edgedistill import plugins
 from edgedistill.contract import Signature
 from edgedistill.errors import ConfigError
-from edgedistill.files import native_writer, written_beside
+from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
-from .frozen import Frozen, check_against, expected_of
+from .checking import Check, check_file
+from .frozen import Frozen, expected_of
+from .onnx_to_openvino import convert
 from .to_onnx import trace_onnx
+from .worker import called
 
 PRECISIONS = ("float32", "float16")
 
@@ -42,7 +43,8 @@ def write_openvino(
         precision: Of the stored weights; inputs and outputs stay as declared. What a sinusoidal
             embedding is made of stays float32: its frequencies, rounded and then multiplied by a
             timestep of 999, cost 20 dB.
-        consume: Give the network's memory back before it is converted; it is of no use afterwards.
+        consume: Give the network's memory back before it is converted; it is of no use afterwards. A large one
+            is converted and checked in processes that never import torch.
 
     Returns:
         What made it: versions, and ``snr_db`` against PyTorch.
@@ -57,23 +59,13 @@ def write_openvino(
         msg = f"OpenVINO models are written in {' or '.join(PRECISIONS)}, got {precision!r}."
         raise ConfigError(msg)
     ov = require_silent("openvino", "openvino")
-    runtime = plugins.find(plugins.RUNTIMES, "openvino")
     frozen = Frozen(network, signature)
     expected = expected_of(frozen)
+    alone = consume and frozen.is_large
     with written_beside(path) as made:
-        with tempfile.TemporaryDirectory(dir=made.parent) as folder:
-            graph = Path(folder) / "network.onnx"
-            trace_onnx(frozen, graph)
-            if consume:
-                frozen.release()
-            model = _convert(ov, graph, frozen)
-            if precision == "float16":
-                _halve_weights(ov, model)
-            with native_writer("OpenVINO", path):
-                ov.save_model(model, made, compress_to_fp16=False)
-            del model
-        session = runtime.open(made, signature, {})
-        snr_db = check_against(expected, session, floor_of(precision).raw, path.name)
+        convert_openvino(frozen, made, precision=precision, consume=consume)
+        check = Check("openvino", signature, expected, floor_of(precision).raw, {})
+        snr_db = called(check_file, check, made, path.name, alone=alone)
     return {
         "converter": "openvino.convert_model from ONNX",
         "torch": torch.__version__,
@@ -82,36 +74,16 @@ def write_openvino(
     }
 
 
-def _convert(ov: Any, graph: Path, frozen: Frozen) -> Any:
-    model = ov.convert_model(graph)
-    model.set_friendly_name(type(frozen.network).__name__)
-    for port, spec in zip(model.inputs, frozen.signature.inputs, strict=True):
-        port.get_tensor().set_names({spec.name})
-    del model.rt_info["conversion_parameters"]  # names the temporary file
-    return model
-
-
-def _halve_weights(ov: Any, model: Any) -> None:
-    """Store float32 constants as float16, but for those that the sinusoids are made of."""
-    precise: set[str] = set()
-    for node in model.get_ops():
-        if node.get_type_name() in ("Sin", "Cos"):
-            _add_sources(node, precise)
-    for node in model.get_ordered_ops():
-        is_weight = node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.f32
-        if not is_weight or node.get_name() in precise:
-            continue
-        with np.errstate(over="ignore"):
-            half = node.data.astype(np.float16)
-        if np.isfinite(half).all():
-            stored = ov.opset13.convert(ov.opset13.constant(half), "f32")
-            stored.set_friendly_name(node.get_friendly_name())
-            node.output(0).replace(stored.output(0))
-
-
-def _add_sources(node: Any, found: set[str]) -> None:
-    for port in node.inputs():
-        source = port.get_source_output().get_node()
-        if source.get_name() not in found:
-            found.add(source.get_name())
-            _add_sources(source, found)
+def convert_openvino(
+    frozen: Frozen, path: Path, *, precision: str = "float32", consume: bool = False
+) -> None:
+    """Trace and convert, unchecked; arguments as of `write_openvino`."""
+    alone = consume and frozen.is_large
+    names = [spec.name for spec in frozen.signature.inputs]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        graph = Path(folder) / "network.onnx"
+        # OpenVINO multiplies by transposed weights: those that ONNX's would cost it a copy each.
+        trace_onnx(frozen, graph, transposed=False)
+        if consume:
+            frozen.release()
+        called(convert, graph, path, precision, names, type(frozen.network).__name__, alone=alone)

@@ -17,7 +17,7 @@ EXTERNAL_ABOVE = (
 _INLINE_BELOW = 1024  # bytes; shapes stay readable in the graph
 _PAGE = 4096  # bytes; what starts on a page can be mapped
 # They give the bits of what they take in another order or shape.
-_MOVES = frozenset(
+MOVES = frozenset(
     {
         "Cast",
         "Concat",
@@ -34,7 +34,9 @@ _MOVES = frozenset(
 Source = Callable[[], np.ndarray]
 
 
-def save_graph(model: Any, weights: Mapping[str, Tensor], path: Path) -> None:
+def save_graph(
+    model: Any, weights: Mapping[str, Tensor], path: Path, moves: frozenset[str] = MOVES
+) -> None:
     """Write an ONNX model whose weights are still inputs, holding one weight in memory at a time.
 
     Nodes that only move a weight are replaced by the moved weight, as PyTorch's exporter replaces them.
@@ -43,10 +45,11 @@ def save_graph(model: Any, weights: Mapping[str, Tensor], path: Path) -> None:
         model: Changed in place: inputs become initializers.
         weights: Their values by name.
         path: The ``.onnx`` file; above `EXTERNAL_ABOVE` the weights go to ``.onnx_data`` beside it.
+        moves: Operations that are carried out, of `MOVES`.
     """
     graph = model.graph
     sources = _take_sources(graph, weights)
-    _fold(graph, sources, set(weights))
+    _fold(graph, sources, set(weights), moves)
     used = dict.fromkeys(name for name in _reads(graph) if name in sources)
     size = sum(value.nbytes for value in weights.values()) + sum(
         len(item.raw_data) for item in graph.initializer
@@ -74,7 +77,9 @@ def _take_sources(graph: Any, weights: Mapping[str, Tensor]) -> dict[str, Source
     }
 
 
-def _fold(graph: Any, sources: dict[str, Source], of_weights: set[str]) -> None:
+def _fold(
+    graph: Any, sources: dict[str, Source], of_weights: set[str], moves: frozenset[str]
+) -> None:
     """Replace nodes that move weights by sources, and drop constants that nothing reads any more."""
     moved: dict[object, str] = {}
     renamed: dict[str, str] = {}
@@ -82,7 +87,7 @@ def _fold(graph: Any, sources: dict[str, Source], of_weights: set[str]) -> None:
     for node in graph.node:
         given = {name: renamed.get(name, name) for name in node.input if name}
         read = set(given.values())
-        is_move = node.op_type in _MOVES and of_weights & read and read <= set(sources)
+        is_move = node.op_type in moves and of_weights & read and read <= set(sources)
         if not is_move:
             continue
         (made,) = node.output

@@ -21,7 +21,7 @@ class Used:
     """What a process took.
 
     Fields:
-        peak_gb: Of memory, in 10**9 bytes; 0 where the system does not tell.
+        peak_gb: Of memory, its own or that of a process it started, in 10**9 bytes; 0 where the system does not tell.
         seconds: Of wall time.
     """
 
@@ -55,6 +55,11 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Used]:
             raise BundleError(msg) from error
 
 
+def called(function: Callable[..., Any], *arguments: Any, alone: bool) -> Any:
+    """Call a function here, or in a process of its own where it is to work `alone`."""
+    return in_child(function, *arguments)[0] if alone else function(*arguments)
+
+
 def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Used]:
     start = time.perf_counter()
     answer = function(*arguments)
@@ -66,5 +71,6 @@ def _peak_gb() -> float:
         return 0.0
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in whose)
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9

@@ -161,12 +161,7 @@ def load(folder: Path) -> nn.Module:
         BundleError: If a file is missing, damaged, not safetensors, does not fit the configuration,
             or holds NaN or infinity.
     """
-    from accelerate import init_empty_weights
-
-    with (
-        init_empty_weights()
-    ):  # neither drawn nor held twice: the file's own memory becomes the network's
-        network = build(read_json(folder / "config.json"), str(folder / "config.json"))
+    network = sketch(folder)  # neither drawn nor held twice: the file's own memory becomes its
     weights = weights_of(network, folder)
     state = _renamed(network, load_shards(weights))
     expected = network.state_dict()
@@ -178,6 +173,19 @@ def load(folder: Path) -> nn.Module:
         raise BundleError(msg)
     network.load_state_dict(state, assign=True)
     return network.eval().requires_grad_(requires_grad=False)
+
+
+def sketch(folder: Path) -> nn.Module:
+    """Build the network of a folder without reading a weight: its parameters have shapes and no values.
+
+    Raises:
+        BundleError: If its configuration is not one that `build` takes.
+    """
+    from accelerate import init_empty_weights
+
+    config = folder / "config.json"
+    with init_empty_weights():
+        return build(read_json(config), str(config)).eval()
 
 
 def load_as(folder: Path, signature: Signature) -> nn.Module:

@@ -212,7 +212,7 @@ def other_numbers(root):
         (pickled_weights, "is a pickle, which can run code when it is read"),
         (no_weights, f"{store.WEIGHTS}: no such file"),
         (half_the_weights, "not a whole safetensors file"),
-        (no_manifest, "has no scheduler_config.json"),
+        (no_manifest, "is a ExtendedUNet2DModel; the network that draws is one of UNet2DModel"),
         (newer_manifest, "version 2.0 is newer than 1.1"),
         (other_signature, "its inputs and outputs are not those of the student's manifest"),
         (other_numbers, "row 1: "),
@@ -284,7 +284,7 @@ def test_a_graph_that_strays_is_status_1_and_leaves_the_old_bundle(
         msg = "unet.xml: 12.0 dB SNR against PyTorch."
         raise CheckFailedError(msg)
 
-    monkeypatch.setattr("export.to_openvino.check_against", stray)
+    monkeypatch.setattr("export.to_openvino.check_file", stray)
     assert main(["export", "openvino", "-m", str(student.root), str(only_onnx)]) == 1
     assert "12.0 dB" in capsys.readouterr().err
     assert snapshot(only_onnx.parent) == before
@@ -294,7 +294,7 @@ def test_a_graph_that_strays_is_status_1_and_leaves_the_old_bundle(
 KILLED = """
 import os, signal, sys
 from export import to_openvino
-to_openvino.check_against = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+to_openvino.check_file = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 from edgedistill.cli import main
 main(sys.argv[1:])
 """

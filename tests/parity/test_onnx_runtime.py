@@ -14,7 +14,8 @@ from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, CheckFailedError, ConfigError
 from edgedistill.models import store
 from export import to_onnx, weights
-from export.frozen import Expected, Frozen, check_against, examples
+from export.checking import Expected, check_against
+from export.frozen import Frozen, examples
 from runtimes import ort
 from runtimes.verify import verify
 
