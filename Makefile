@@ -19,7 +19,7 @@ check: .venv/done
 	$(BIN)/lint-imports
 
 quality: .venv/done  ## Every method over three seeds, side by side and resumable: quality/quality.md and quality.json.
-	$(BIN)/python examples/quality.py -o quality
+	$(BIN)/python examples/quality.py -o quality --docs docs/quality.md
 
 parity-students: .venv/done  ## Every trained student through export, compression and parity: parity/parity.md.
 	$(BIN)/python examples/parity_of_students.py quality -o parity
