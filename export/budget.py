@@ -2,10 +2,12 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from edgedistill.errors import ConfigError
+
+from .worker import ALWAYS, AUTO
 
 # Of the Stable Diffusion 1.5 UNet, 3.44 GB of float32 weights, one network in a process of its own, two cores:
 # peak memory in bytes per byte of weights, and processor seconds per GB, beside what the imports take.
@@ -30,6 +32,20 @@ def seconds(form: str, size: int) -> float:
 def disk(form: str, precision: str, size: int) -> int:
     """Estimate the bytes on disk while it is written: what stays, and the graph that OpenVINO is made from."""
     return round(size * (_STORED[precision] + (form == "openvino")))
+
+
+def isolation(isolate: str, sizes: Mapping[str, int], forms: Collection[str], limit: int) -> str:
+    """Return whether networks are written in processes of their own where memory is limited.
+
+    Args:
+        isolate: What was asked for, of `export.worker.ISOLATE`; only `AUTO` is decided here.
+        sizes: Bytes of float32 weights of each network, by name; one process holds all of them.
+        forms: The formats.
+        limit: Bytes of memory.
+    """
+    together = max(memory(form, max(sizes.values())) for form in forms)
+    together += sum(sizes.values()) - max(sizes.values())
+    return ALWAYS if isolate == AUTO and together > limit else isolate
 
 
 def size_of(text: str) -> int:

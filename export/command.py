@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,8 @@ from edgedistill.errors import ConfigError
 from edgedistill.known_bad import warn_known_bad
 
 from . import budget
-from .formats import ALL, FORMATS, ExportOptions, Job, jobs
+from .formats import ALL, FORMATS, SCHEDULERS, ExportOptions, Job, jobs
 from .layouts import LAYOUTS, SINGLE_ROOT
-from .samplers import CHOICE, SCHEDULERS, with_samplers
 from .worker import AUTO, ISOLATE, works_alone
 
 if TYPE_CHECKING:
@@ -164,7 +164,8 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "--max-memory",
         metavar="SIZE",
         type=_memory,
-        help="refuse what is estimated to take more, such as 8GB",
+        help="such as 8GB: write in processes of their own what would take more together, and refuse what is estimated "
+        "to take more even so",
     )
     add_target(parser, "BUNDLE")
     add_json(parser)
@@ -225,8 +226,15 @@ def _run(options: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory() as place,
     ):
         student = _source(options, Path(place))
-        _foretell(student, planned, target, options.max_memory)
-        from .assemble import export_student
+        from .assemble import export_student, sizes
+
+        held_by = sizes(student)
+        _foretell(held_by, planned, target, options.max_memory)
+        if options.max_memory is not None:
+            forms = {job.format for job in planned}
+            isolate = budget.isolation(settings.isolate, held_by, forms, options.max_memory)
+            settings = replace(settings, isolate=isolate)
+        from .samplers import with_samplers
         from .single_root import layout_for
 
         layout = layout_for(student, target, options.layout)
@@ -304,12 +312,10 @@ def _memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _foretell(student: "Student", planned: list[Job], target: Path, limit: int | None) -> None:
+def _foretell(
+    sizes: Mapping[str, int], planned: list[Job], target: Path, limit: int | None
+) -> None:
     """Refuse what will not fit, and say what large networks will take."""
-    sizes = {
-        name: sum(part.stat().st_size for part in student.folder(name).glob("*.safetensors"))
-        for name in student.signatures
-    }
     for job in planned:
         budget.check(sizes, job.format, job.precision, target, limit)
         large = {name: size for name, size in sizes.items() if works_alone(AUTO, size)}
@@ -354,6 +360,8 @@ def _tell(bundle: "Bundle", *, as_json: bool) -> None:
 
 
 def _sampler(table: "SamplerTable") -> dict[str, Any]:
+    from .samplers import CHOICE
+
     notes = table.annotations
     return {
         "steps": sum(1 for row in table.rows if row.call),

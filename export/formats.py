@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "float16")
 OPSETS = range(13, 27)  # what both exporters write
 ALL = "all"
+OWN, PORTABLE, SWIFT = "own", "portable", "swift"
+SCHEDULERS = (OWN, PORTABLE, SWIFT)  # whose steps a pipeline takes; see `export.samplers`
 _GRAPH = ("single_graph", "text_inside")
 _ROOT = ("layout", "free_sizes")
 Settings = Mapping[str, Any]

@@ -15,8 +15,8 @@ from edgedistill.student import MANIFEST, Student
 from edgedistill.table import SamplerTable
 from edgedistill.tables import table_file
 
-OWN, PORTABLE, SWIFT = "own", "portable", "swift"
-SCHEDULERS = (OWN, PORTABLE, SWIFT)
+from .formats import OWN, PORTABLE, SWIFT
+
 CHOICE = "choice"
 """The annotation of a table that says why it is the one."""
 _SHARED = ("diffusers", "ort", "openvino", "genai")

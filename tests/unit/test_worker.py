@@ -62,3 +62,14 @@ def test_what_will_not_fit_is_refused_before_any_work(tmp_path):
         budget.check(sizes, "openvino", "float32", tmp_path / "new", 6 * 10**9)
     with pytest.raises(ConfigError, match=r"onnx takes about 900000000\.0 GB of disk"):
         budget.check({"x": 9 * 10**17}, "onnx", "float32", tmp_path / "new", None)
+
+
+@pytest.mark.parametrize(
+    ("isolate", "limit", "chosen"),
+    [("auto", 9, "auto"), ("auto", 6, "always"), ("never", 6, "never")],
+)
+def test_little_memory_chooses_processes_of_their_own(isolate, limit, chosen):
+    """Together: 1.3 x 3 GB and the imports for the larger, and 2 GB of the other."""
+    sizes = {"unet": 3 * 10**9, "text_encoder": 2 * 10**9}
+    assert budget.memory("onnx", sizes["unet"]) < 6 * 10**9
+    assert budget.isolation(isolate, sizes, ["onnx"], limit * 10**9) == chosen
