@@ -26,9 +26,12 @@ CALLS = ("conditional", "unconditional")
 
 
 def golden_samples(
-    table: SamplerTable, examples: Examples | None = None, tokenize: Tokenize | None = None
+    table: SamplerTable,
+    examples: Examples | None = None,
+    tokenize: Tokenize | None = None,
+    samples: int = GOLDEN_SAMPLES,
 ) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Choose `GOLDEN_SAMPLES` samples that also show what each condition does.
+    """Choose samples that also show what each condition does.
 
     The second half repeats the noise and conditions of the first, with one condition changed per sample:
     to the next class, to another text or image, or to the far end of the guidance range. Without
@@ -38,11 +41,12 @@ def golden_samples(
         table: The sampler.
         examples: Images and masks by condition, taken in turn; left out ones are drawn.
         tokenize: Turns prompts into tokens; None where there are none.
+        samples: How many; of routed students at least two for each.
 
     Returns:
         A seed per sample, and arrays (count, ...) by input name.
     """
-    count = max(GOLDEN_SAMPLES, 2 * table.router.students if table.router else 0)
+    count = max(samples, 2 * table.router.students if table.router else 0)
     half, changes = count // 2, _changes(table)
     if not changes:
         return list(range(count)), example_conditions(table, count, examples, tokenize)

@@ -138,7 +138,7 @@ def steps(folder: Folder, loader: str) -> Iterator[Finding]:
     if not config or table is None:
         return
     count = sum(1 for row in table.rows if row.call)
-    level = "error" if config.get("_class_name") in FAMILIES else "warning"
+    level = "error" if str(config.get("_class_name")) in FAMILIES else "warning"
     for reason in objections(config, count, table)[loader]:
         yield Finding(SCHEDULER, f"the {count} steps of {TABLE}", reason, _PORTABLE, level)
 

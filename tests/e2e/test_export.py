@@ -364,3 +364,15 @@ def test_help_teaches_and_loads_nothing():
         assert "edgedistill export onnx -m student bundle" in done.stdout
         imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
         assert not imported & {"numpy", "torch", "onnx", "openvino", "coremltools", "tqdm"}
+
+
+def test_large_students_are_probed_with_few_samples(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(assemble, "ALONE_ABOVE", 1)
+    bundle = assemble.export_student(
+        student, tmp_path / "bundle", ["onnx"], ExportOptions(isolate="never")
+    )
+    golden = load_probes(bundle.path("probes/golden.safetensors"))
+    calibration = load_probes(bundle.path("probes/calibration.safetensors"))
+    assert len(golden["output"]) == assemble.FEW_GOLDEN
+    rows = len(bundle.table.rows)
+    assert len(calibration["unet.sample"]) == rows * len(assemble.FEW_SEEDS)
