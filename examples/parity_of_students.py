@@ -15,6 +15,7 @@ import fnmatch
 import io
 import json
 import logging
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -152,7 +153,9 @@ def held(student: Path, output: Path) -> dict[str, Any] | None:
 def work(student: Path, output: Path) -> dict[str, Any]:
     """Run the commands on a student; return and keep what they said."""
     bundle, smaller = str(output / "bundle"), str(output / "smaller")
-    commands = [["export", "all", "-m", str(student), "-o", bundle, "--overwrite"]]
+    for stale in (bundle, smaller):
+        shutil.rmtree(stale, ignore_errors=True)
+    commands = [["export", "all", "-m", str(student), "-o", bundle]]
     commands += [["quantize", bundle, smaller, *way] for way in SMALLER]
     problems = [problem for words in commands for problem in run(words)[1]]
     made = [path for path in (bundle, smaller) if Path(path).exists()]
