@@ -14,6 +14,15 @@ from edgedistill.stock import Objections, objections
 from edgedistill.table import SamplerTable
 
 PORTABLE_STEPS = (1, 2, 4, 8)
+PORTABLE = {
+    "_class_name": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 0,
+    "thresholding": False,
+    "timestep_spacing": "trailing",
+}
+"""What makes a stock scheduler of a noise schedule that every loader of pipelines samples alike."""
 SWIFT_STEPS = (1, 2, 3)
 FILE = "scheduler/scheduler_config.json"
 
@@ -71,15 +80,7 @@ def portable(
     if num_steps not in PORTABLE_STEPS or T % num_steps:
         msg = f"A portable sampler has {_listed(PORTABLE_STEPS)} steps, which divide the {T} timesteps, got {num_steps}; at others openvino-genai's timesteps or DDIM's steps are off."
         raise ConfigError(msg)
-    scheduler = {
-        "_class_name": "DDIMScheduler",
-        **_noise_schedule(config, T),
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "thresholding": False,
-        "timestep_spacing": "trailing",
-    }
+    scheduler = {**PORTABLE, **_noise_schedule(config, T)}
     return _plan(scheduler, num_steps, shape, network, fields)
 
 

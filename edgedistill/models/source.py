@@ -30,6 +30,7 @@ from edgedistill.models.parts import (
 )
 from edgedistill.models.text import TextEncoder
 from edgedistill.models.vae import VaeDecoder, VaeEncoder
+from edgedistill.plans import PORTABLE
 from edgedistill.student import MANIFEST, Student
 from edgedistill.table import Condition, Guidance, SamplerTable
 from edgedistill.text import Tokenizer
@@ -42,14 +43,6 @@ CFG_RANGE = (1.0, 20.0)
 """Guidance scales that may be chosen where every row calls the network twice."""
 _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _DECODER, _ENCODER = "vae_decoder", "vae_encoder"
-# What every loader of pipelines samples alike, if the number of steps divides that of the schedule.
-_PORTABLE = {
-    "_class_name": "DDIMScheduler",
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "timestep_spacing": "trailing",
-}
 
 
 def open_source(
@@ -196,7 +189,7 @@ def _table(
     parts: Parts, sketch: _Sketch, config: dict[str, Any], num_steps: int, scale: float | None
 ) -> SamplerTable:
     if config.get("_class_name") not in FAMILIES:
-        config = {**config, **_PORTABLE}
+        config = {**config, **PORTABLE}
     signature = store.signature(sketch.networks[parts.name])
     guidance, classes = _guidance(parts, signature, sketch.denoiser, scale)
     _, *shape = signature.inputs[0].shape

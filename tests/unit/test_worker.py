@@ -24,6 +24,12 @@ def test_the_answer_comes_back_with_what_it_took():
     assert 0.005 < used.peak_gb < 4
 
 
+def test_what_the_parent_takes_is_not_counted():
+    weight = b"x" * 1_200_000_000
+    _, used = in_child(divmod, len(weight), 5)
+    assert used.peak_gb < 1
+
+
 def test_our_errors_come_back_as_they_are():
     with pytest.raises(CheckFailedError, match=r"^12 dB$"):
         in_child(fail, "12 dB")
