@@ -24,11 +24,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import make_tiny_pipeline
 import numpy as np
 import torch
-from quality_tables import WIDTH
 
+import make_tiny_pipeline
 from edgedistill.bundle import Bundle
 from edgedistill.environment import versions
 from edgedistill.files import read_json
@@ -38,6 +37,7 @@ from edgedistill.noise import noise_bank
 from edgedistill.teacher import ARCHITECTURES
 from edgedistill.terminal import aligned
 from quality import machine, put
+from quality_tables import WIDTH
 
 STEPS = 4
 SIZES = {"tiny": 16, "sd15": 512}  # sides of the image

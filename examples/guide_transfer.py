@@ -17,7 +17,6 @@ import torch
 from diffusers import UNet2DModel
 from scipy.ndimage import rotate
 from tqdm import tqdm
-from train_digits_teacher import build_scheduler, loss_of_batch, write
 
 from edgedistill.data.digits import Images, load_digits
 from edgedistill.evaluation.report import Evaluator, QualityReport, fit_classifier
@@ -26,6 +25,7 @@ from edgedistill.models.replace import replace_network
 from edgedistill.models.run import sample_torch
 from edgedistill.student import Student
 from edgedistill.teacher import Teacher
+from train_digits_teacher import build_scheduler, loss_of_batch, write
 
 PEAK_LR = 1e-3
 COUNT = 1000

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quality_tables import WIDTH
 from tqdm import tqdm
 
 from edgedistill import cli
@@ -33,6 +32,7 @@ from edgedistill.parity import FLOORS
 from edgedistill.tables import DEFAULT
 from edgedistill.terminal import aligned
 from quality import machine, put
+from quality_tables import WIDTH
 
 HEADERS = ("student", "artifact", "worst row dB", "samples dB", "worst gain", "verdict")
 SUMMARY = ("artifact", "passed", "worst row dB", "at least", "samples dB", "at least", "gain")

@@ -22,14 +22,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from quality_measures import BASELINES, MEASURES, Job, Line, baselines_of
-from quality_runs import RUNS, comparisons
-from quality_tables import WIDTH, document
 from tqdm import tqdm
 
 from edgedistill.environment import versions
 from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.training.run import distill
+from quality_measures import BASELINES, MEASURES, Job, Line, baselines_of
+from quality_runs import RUNS, comparisons
+from quality_tables import WIDTH, document
 
 BEGIN, END = "<!-- written by examples/{} --docs -->\n", "<!-- end of what it wrote -->\n"
 NAMED = ("torch", "diffusers", "numpy", "scikit-learn")  # versions that figures depend on

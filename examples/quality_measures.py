@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guide_transfer import transfer
-from quality_runs import Run
-
 from edgedistill.evaluation.baselines import Baselines, Settings, naive_baselines
 from edgedistill.evaluation.conditional import Following, follow_student, follow_teacher, trial
 from edgedistill.evaluation.report import Evaluator, QualityReport
@@ -18,6 +15,8 @@ from edgedistill.models import store
 from edgedistill.student import Student
 from edgedistill.tables import choose
 from edgedistill.teacher import Teacher
+from guide_transfer import transfer
+from quality_runs import Run
 
 Line = dict[str, Any]
 MAX_TRAINED = 0.3  # of the base's parameters

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgedistill.evaluation.baselines import Baselines
 from quality_measures import PLAIN_STEPS, Line
 from quality_runs import RUNS, STUDENTS, TOTALS
-
-from edgedistill.evaluation.baselines import Baselines
 
 COLUMNS = (
     "student | seed | evaluations | parameters | Frechet | / naive | / teacher | error / naive | "

@@ -148,7 +148,6 @@ def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of random weights, by the names of the known architectures, which they are tiny ones of; and by kind."""
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     import make_tiny_pipeline
-
     from edgedistill.teacher import ARCHITECTURES
 
     root = tmp_path_factory.mktemp("pipelines")
