@@ -41,7 +41,7 @@ def main() -> int:
     """Train, measure, write; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("quality"))
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of each run's own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--held", action="store_true", help="train nothing, show what is there")
@@ -51,7 +51,8 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    tasks = [(name, seed) for name in options.only for seed in options.seeds or RUNS[name].seeds]
+    names = options.only or [name for name, run in RUNS.items() if run.usual or held(name, 0, options.output)]
+    tasks = [(name, seed) for name in names for seed in options.seeds or RUNS[name].seeds]
     if options.job:
         work(*tasks[0], options.output)
         return 0

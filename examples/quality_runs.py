@@ -9,10 +9,9 @@ from edgedistill.tables import DEFAULT
 from edgedistill.training.recipe import Recipe
 
 ONE = (0,)  # seeds of what is reported beside the methods
-STUDENTS, TOTALS = (
-    (1, 2, 4),
-    (1, 2, 4),
-)  # of multi-student distillation, and how long they are trained together
+STUDENTS = (1, 2, 4)  # of multi-student distillation
+TOTALS = (1, 2, 4, 8, 16)  # how long they are trained together
+ASKED = 8  # totals from here on are trained when they are asked for by name
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Run:
         seeds: Of the trainings.
         seconds: Of one core that a training and its measuring take, about.
         of: The run whose students are measured; None: its own.
+        usual: Whether it is trained when no run is named.
     """
 
     recipe: str
@@ -39,6 +39,7 @@ class Run:
     seeds: tuple[int, ...] = (0, 1, 2)
     seconds: int = 100
     of: str | None = None
+    usual: bool = True
 
     def load(self, seed: int) -> Recipe:
         """Return the recipe at a seed."""
@@ -148,6 +149,7 @@ RUNS: dict[str, Run] = {
             section="msd",
             seeds=ONE,
             seconds=20 + 30 * total,
+            usual=total < ASKED,
         )
         for total in TOTALS
         for students in STUDENTS

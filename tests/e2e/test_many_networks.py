@@ -215,7 +215,7 @@ def test_latents_come_out_as_images(tmp_path):
     assert made.shape == (2, 1, 16, 16)
     by_hand = pipeline.networks["vae_decoder"]({"latent_sample": states[-1] / 0.5 + 0.25})
     assert np.allclose(made, by_hand["sample"].clip(-1, 1), atol=1e-6)
-    with pytest.raises(ConfigError, match="this one works on latents"):
+    with pytest.raises(ConfigError, match="autoencoder came without its encoder"):
         pipeline(image=np.zeros((1, 8, 8)), strength=0.5)
 
 
