@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgedistill import plugins
-from edgedistill.bundle import Artifact, Bundle
+from edgedistill.bundle import Artifact, Bundle, NetworkFile
 from edgedistill.conditions import Tokenize, entries, network_conditions
 from edgedistill.contract import Feeds, Signature
 from edgedistill.edits import edited, guided
@@ -22,6 +22,7 @@ from edgedistill.opened import Networks
 from edgedistill.sampler import Observer, RowTrace, run_table
 from edgedistill.table import SamplerTable
 from edgedistill.tables import choose, encoders_of, tokenizers_of
+from edgedistill.tiling import Tiling, in_tiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,6 +80,10 @@ class Pipeline:
         progress: A bar over the rows on stderr; None: where stderr is a terminal and it takes over a second.
         low_memory: Keep nothing open between requests, and text encoder, sampler's networks and decoder
             one after another: each request opens them anew.
+        vae_tiling: How to cut the latents that the decoder is given, for less memory; None: not at all.
+
+    Raises:
+        ConfigError: If they are to be cut, and the artifact has no decoder that takes parts of them.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Pipeline:
         *,
         progress: bool | None = None,
         low_memory: bool = False,
+        vae_tiling: Tiling | None = None,
     ) -> None:
         self.bundle = bundle
         self.progress = progress
@@ -98,9 +104,14 @@ class Pipeline:
         self.runtime: Runtime = plugins.find(plugins.RUNTIMES, artifact.runtime)
         brief, around = self._brief(), self._around()
         lasting = [] if low_memory else [name for name in artifact.networks if name not in brief]
+
+        def opener(file: NetworkFile) -> Session:
+            return self.runtime.open(bundle.path(file.path), file.signature, options or {})
+
+        cut = vae_tiling and in_tiles(opener, artifact, bundle.samplers, vae_tiling)
         self.networks = Networks(
             artifact.networks,
-            lambda file: self.runtime.open(bundle.path(file.path), file.signature, options or {}),
+            cut or opener,
             lasting,
             around if low_memory else (),
         )
@@ -187,12 +198,13 @@ class Pipeline:
 
     def _image_shape(self, table: SamplerTable) -> tuple[int, int, int] | None:
         """Return the (channels, height, width) of what the decoder makes; None where there is none."""
-        if table.decoder is None or table.decoder not in self.artifact.networks:
-            return None
-        _, channels, height, width = (
-            self.artifact.networks[table.decoder].signature.outputs[0].shape
-        )
-        return int(channels), int(height), int(width)
+        for item in (self.artifact, *self.bundle.artifacts.values()):
+            if table.decoder is not None and table.decoder in item.networks:
+                file = item.networks[table.decoder]
+                _, channels, height, width = file.signature.outputs[0].shape
+                if isinstance(height, int) and isinstance(width, int):  # else they are free
+                    return int(channels), height, width
+        return None
 
     @property
     def tokenize(self) -> Tokenize | None:
@@ -214,6 +226,7 @@ def load(
     *,
     progress: bool | None = None,
     low_memory: bool = False,
+    vae_tiling: Tiling | None = None,
     **options: Any,
 ) -> Pipeline:
     """Open a bundle on a runtime.
@@ -224,11 +237,11 @@ def load(
             registers; None: the runtime of the artifact.
         artifact: Name of an artifact; None: the first of the runtime. Where both are None: the first
             artifact whose runtime is installed, PyTorch last.
-        progress, low_memory: See `Pipeline`.
+        progress, low_memory, vae_tiling: See `Pipeline`.
         **options: Handed to the runtime.
 
     Raises:
-        ConfigError: If the runtime is unknown.
+        ConfigError: If the runtime is unknown, or its decoder takes no tiles.
         BundleError: If the bundle does not hold, or has no such artifact.
         MissingDependencyError: If the runtime's package is not installed.
     """
@@ -236,7 +249,11 @@ def load(
         runtime = plugins.ALIASES.get(runtime, runtime)
         plugins.find(plugins.RUNTIMES, runtime)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, whole=False)
-    ways: dict[str, Any] = {"progress": progress, "low_memory": low_memory}
+    ways: dict[str, Any] = {
+        "progress": progress,
+        "low_memory": low_memory,
+        "vae_tiling": vae_tiling,
+    }
     if runtime is None and artifact is None:
         return _load_first(opened, options, **ways)
     return Pipeline(opened, opened.artifact(artifact, runtime), options, **ways)
