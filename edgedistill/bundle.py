@@ -57,6 +57,7 @@ class Artifact:
         networks: One file per network that a table calls; what is the same is one file.
         made_with: Options and versions of the tools that wrote it.
         sampler: Name of the table that it is as one graph, see `edgedistill.generator`; None: it runs any.
+        guidance_scale: The one that lies in its graphs, where the student's networks take any; None: as they do.
     """
 
     name: str
@@ -66,9 +67,11 @@ class Artifact:
     networks: Mapping[str, NetworkFile]
     made_with: Mapping[str, Any] = field(default_factory=dict)
     sampler: str | None = None
+    guidance_scale: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data, without the name."""
+        scale = self.guidance_scale
         return {
             "runtime": self.runtime,
             "format": self.format,
@@ -79,6 +82,7 @@ class Artifact:
             },
             "made_with": dict(self.made_with),
             **({"sampler": self.sampler} if self.sampler else {}),
+            **({} if scale is None else {"guidance_scale": scale}),
         }
 
     @classmethod
@@ -96,6 +100,7 @@ class Artifact:
             networks,
             data["made_with"],
             data.get("sampler"),
+            data.get("guidance_scale"),
         )
 
 

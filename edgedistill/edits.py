@@ -6,7 +6,7 @@ from typing import Any
 
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.schedule import Schedule
-from edgedistill.table import Blend, Condition, Row, SamplerTable, Stage
+from edgedistill.table import Blend, Condition, Guidance, Row, SamplerTable, Stage
 
 IMAGE, MASK = "image", "mask"
 Shape = tuple[int, int, int]
@@ -127,6 +127,30 @@ def guided(table: SamplerTable, guidance_scale: float, null: str | None = None) 
     )
     chosen = dataclasses.replace(guidance, default=guidance_scale, null=nulls)
     return dataclasses.replace(table, stages=stages, guidance=chosen)
+
+
+def baked(table: SamplerTable, guidance_scale: float) -> SamplerTable:
+    """Return the table of networks in which this scale lies, where those of `table` take any (``embedded``).
+
+    Args:
+        table: The sampler.
+        guidance_scale: g, where 1 is no guidance.
+
+    Raises:
+        ConfigError: If the guidance is of another kind, or the scale was not trained for.
+    """
+    guidance = table.guidance
+    if guidance.mode != "embedded":
+        msg = f"Guidance can be baked where it is an input of the network; this student's is {guidance.mode!r}."
+        raise ConfigError(msg)
+    low, high = guidance.range
+    if not low <= guidance_scale <= high:
+        msg = f"The guidance scale must lie in the trained range [{low:g}, {high:g}], got {guidance_scale:g}."
+        raise ConfigError(msg)
+    limits = (guidance_scale, guidance_scale)
+    return dataclasses.replace(
+        table, guidance=Guidance("baked", default=guidance_scale, range=limits)
+    )
 
 
 def _scaled(row: Row, guidance_scale: float) -> Row:

@@ -143,6 +143,7 @@ class ArtifactParity:
         skipped: Why it was not run, and how to run it; None if it was.
         broken: Why it could not finish; None if it did.
         output: Its samples (batch, channels, height, width); not part of the JSON.
+        reference: The reference's of the same noise and conditions; not part of the JSON.
     """
 
     name: str
@@ -161,6 +162,7 @@ class ArtifactParity:
     skipped: str | None = None
     broken: str | None = None
     output: np.ndarray | None = field(default=None, repr=False, compare=False)
+    reference: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def label(self) -> str:

@@ -13,7 +13,7 @@ from edgedistill import plugins
 from edgedistill.bundle import Artifact, Bundle, NetworkFile
 from edgedistill.conditions import Tokenize, entries, network_conditions
 from edgedistill.contract import Feeds, Signature
-from edgedistill.edits import edited, guided
+from edgedistill.edits import baked, edited, guided
 from edgedistill.errors import ContractError, MissingDependencyError
 from edgedistill.generator import run_generator
 from edgedistill.network import Session
@@ -21,7 +21,7 @@ from edgedistill.noise import Bank, bank_shapes, noise_bank
 from edgedistill.opened import Networks
 from edgedistill.sampler import Observer, RowTrace, run_table
 from edgedistill.table import SamplerTable
-from edgedistill.tables import choose, encoders_of, tokenizers_of
+from edgedistill.tables import DEFAULT, Tables, choose, encoders_of, tokenizers_of
 from edgedistill.tiling import Tiling, in_tiles
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ class Pipeline:
         self.bundle = bundle
         self.progress = progress
         self.artifact = artifact
-        self.table = bundle.table
+        self.samplers = _samplers(bundle, artifact)
+        self.table = self.samplers[DEFAULT]
         self._tokenize: Tokenize | None = None
         self.runtime: Runtime = plugins.find(plugins.RUNTIMES, artifact.runtime)
         brief, around = self._brief(), self._around()
@@ -166,7 +167,7 @@ class Pipeline:
             ContractError: If a condition is unknown or out of range, guidance is not this model's to
                 choose, or the noise does not fit.
         """
-        table = choose(self.bundle.samplers, sampler or self.artifact.sampler)
+        table = choose(self.samplers, sampler or self.artifact.sampler)
         given = _by_name(table, conditions)
         table = edited(table, given, strength, self._image_shape(table))
         if negative_prompt is not None or (
@@ -191,7 +192,7 @@ class Pipeline:
         if artifact.sampler is None:
             with _bar(table, observe, shown=self.progress) as observer:
                 return run_table(table, self.networks, bank, inputs, observer)
-        if table != self.bundle.samplers[artifact.sampler] or observe is not None:
+        if table != self.samplers[artifact.sampler] or observe is not None:
             msg = f"Artifact {artifact.name!r} is the sampler {artifact.sampler!r} as one graph: it runs no other, edits no image, holds its CFG scale and null text, and shows no steps; choose another artifact."
             raise ContractError(msg)
         return run_generator(table, self.networks, bank, inputs)
@@ -292,6 +293,14 @@ def _bar(
                 observe(trace)
 
         yield move
+
+
+def _samplers(bundle: Bundle, artifact: Artifact) -> Tables:
+    """Return a bundle's tables as an artifact runs them, in whose graphs a guidance scale may lie."""
+    scale = artifact.guidance_scale
+    if scale is None:
+        return bundle.samplers
+    return {name: baked(table, scale) for name, table in bundle.samplers.items()}
 
 
 def _by_name(table: SamplerTable, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgedistill.conditions import Tokenize, network_conditions
 from edgedistill.contract import Feeds
-from edgedistill.errors import BundleError
+from edgedistill.errors import BundleError, ContractError
 from edgedistill.files import write_bytes
 from edgedistill.network import CheckedNetwork
 from edgedistill.noise import Bank, noise_bank
@@ -182,6 +182,24 @@ class Golden:
         except KeyError as error:
             msg = f"{path}: no {error} there, which the sampler table calls for; export the bundle anew."
             raise BundleError(msg) from error
+
+    def at(self, condition: str, value: float) -> "Golden":
+        """Return the samples with this value of a condition, which networks that hold the value do not take.
+
+        Raises:
+            ContractError: If there are none.
+        """
+        kept = self.conditions[condition] == np.float32(value)
+        if not kept.any():
+            msg = f"None of the golden samples has {value:g} as `{condition}`; export the bundle anew."
+            raise ContractError(msg)
+        others = {name: held for name, held in self.conditions.items() if name != condition}
+        return Golden(
+            [bank[kept] for bank in self.noise],
+            {name: held[kept] for name, held in others.items()},
+            [{what: held[kept] for what, held in row.items()} for row in self.rows],
+            self.output[kept],
+        )
 
     def pairs(self) -> Iterator[tuple[str, int, int]]:
         """Yield (condition, i, j) for samples of equal noise that differ in this one condition."""

@@ -47,7 +47,7 @@ from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
 from .loader_files import check_formats, make_stock, write_loader_files
 from .single_graph import refuse, unrolled
-from .single_root import check_target, in_dialects, with_one_scale
+from .single_root import check_target, in_dialects
 from .worker import ALONE_ABOVE, called, in_child, works_alone
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
@@ -92,7 +92,6 @@ def export_student(
     wanted = {job.name: job for job in jobs(formats, options)}
     if options.layout == SINGLE_ROOT:
         check_formats(student, {job.format for job in wanted.values()})
-        student = with_one_scale(student, target, {job.format for job in wanted.values()})
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
     missing = [job for name, job in wanted.items() if name not in kept]
@@ -301,8 +300,28 @@ def _add(draft: Draft, student: Student, networks: Networks, isolate: str, job: 
         "options": dict(job.settings),
     }
     draft.add(
-        Artifact(job.name, form.runtime, job.format, job.precision, files, made_with, job.sampler)
+        Artifact(
+            job.name,
+            form.runtime,
+            job.format,
+            job.precision,
+            files,
+            made_with,
+            job.sampler,
+            _scale_inside(student, files),
+        )
     )
+
+
+def _scale_inside(student: Student, files: Mapping[str, NetworkFile]) -> float | None:
+    """Return the guidance scale that lies in graphs, if they take none and their networks do."""
+    guidance = student.table.guidance
+    inside = any(
+        student.signatures[name].input("w") and not file.signature.input("w")
+        for name, file in files.items()
+        if name in student.signatures
+    )
+    return guidance.default if inside else None
 
 
 def _used(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 from edgedistill.contract import Signature
+from edgedistill.edits import baked
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.models.unet import ExtendedUNet2DModel, bake_guidance
 from edgedistill.student import EXAMPLES, Student
-from edgedistill.table import Guidance, SamplerTable
 from edgedistill.tables import tokenizers_of
 
 
@@ -25,7 +25,7 @@ def bake_student(student: Student, guidance_scale: float, folder: Path) -> Stude
         ConfigError: If guidance is no input of this student, the scale was not trained for, or a network
             takes it that cannot be baked.
     """
-    tables = {name: _baked_table(table, guidance_scale) for name, table in student.samplers.items()}
+    tables = {name: baked(table, guidance_scale) for name, table in student.samplers.items()}
     weight = student.table.guidance.input
     signatures = {}
     for name, signature in student.signatures.items():
@@ -55,22 +55,6 @@ def bake_student(student: Student, guidance_scale: float, folder: Path) -> Stude
     )
     made.write_manifest()
     return Student.open(folder)
-
-
-def _baked_table(table: SamplerTable, scale: float) -> SamplerTable:
-    guidance = table.guidance
-    if guidance.mode != "embedded":
-        msg = f"Guidance can be baked where it is an input of the network; this student's is {guidance.mode!r}."
-        raise ConfigError(msg)
-    low, high = guidance.range
-    if not low <= scale <= high:
-        msg = (
-            f"The guidance scale must lie in the trained range [{low:g}, {high:g}], got {scale:g}."
-        )
-        raise ConfigError(msg)
-    return dataclasses.replace(
-        table, guidance=Guidance("baked", default=scale, range=(scale, scale))
-    )
 
 
 def _without(signature: Signature, name: str | None) -> Signature:

@@ -16,7 +16,7 @@ from edgedistill.table import SamplerTable
 
 from .dialects import UNET_KINDS, Dialect, batch_of
 from .formats import Job
-from .layouts import BUNDLE, INDEX, PACKAGES, SINGLE_ROOT
+from .layouts import BUNDLE, INDEX, SINGLE_ROOT
 from .loader_files import why_not
 
 SECOND = "text_encoder_2"
@@ -85,29 +85,6 @@ def check_target(target: Path, kept: Sequence[str], wanted: Sequence[Job], held:
         if there.setdefault(job.format, job.precision) != job.precision:
             msg = f"{target}: holds {job.format} in {there[job.format]}, and loaders look for one file per network; write {job.precision} to another folder, or give --overwrite."
             raise BundleError(msg)
-
-
-def with_one_scale(student: Student, target: Path, formats: Collection[str]) -> Student:
-    """Return a student whose embedded guidance is not chosen, if it shall be in Core ML, whose graphs hold one scale.
-
-    Args:
-        student: What is exported.
-        target: The single root; where it holds packages of Core ML already, it has one scale.
-        formats: What will be written.
-    """
-    if "coreml" not in formats and not (target / PACKAGES).is_dir():
-        return student
-    tables = {}
-    for name, table in student.samplers.items():
-        guidance = table.guidance
-        if guidance.mode == "embedded":
-            limits = (guidance.default, guidance.default)
-            guidance = dataclasses.replace(guidance, range=limits)
-        tables[name] = dataclasses.replace(table, guidance=guidance)
-    default, *further = tables
-    return dataclasses.replace(
-        student, table=tables[default], further={name: tables[name] for name in further}
-    )
 
 
 def resized(student: Student, height: int | None, width: int | None) -> Student:

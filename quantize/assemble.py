@@ -176,7 +176,7 @@ def _result(source: Artifact, precision: str, kept: Collection[str]) -> Artifact
         for name, file in source.networks.items()
     }
     name = f"{source.format}-{precision}"
-    return Artifact(name, source.runtime, source.format, precision, networks)
+    return replace(source, name=name, precision=precision, networks=networks, made_with={})
 
 
 def _in_place(job: Job, base: Bundle) -> Job:

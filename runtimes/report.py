@@ -77,11 +77,10 @@ def samples(report: ParityReport) -> Html:
     """Return grids of the default sampler side by side, and under each its difference from the reference."""
     if report.reference is None:
         return Html("")
-    reference = report.reference[:_SHOWN]
-    figures = [_grid(reference, report, "PyTorch, the reference", "")]
+    figures = [_grid(report.reference[:_SHOWN], report, "PyTorch, the reference", "")]
     for item in report.artifacts:
-        if item.output is not None and item.sampler == DEFAULT:
-            shown = item.output[:_SHOWN]
+        if item.output is not None and item.reference is not None and item.sampler == DEFAULT:
+            reference, shown = item.reference[:_SHOWN], item.output[:_SHOWN]
             note = f"{decibel(item.image.snr_db if item.image else None)} dB SNR"
             grids = _grid(shown, report, item.name, note)
             figures.append(page.joined(grids, _difference(reference, shown, item.name, report)))

@@ -128,9 +128,16 @@ def _verify_or_skip(
     for sampler, golden in chosen.items():
         named = replace(entry, sampler=sampler)
         try:
-            yield _verify_sampler(named, pipeline, bundle.samplers[sampler], golden)
+            held = _as_called(golden, bundle.samplers[sampler], artifact)
+            yield _verify_sampler(named, pipeline, pipeline.samplers[sampler], held)
         except ContractError as error:
             yield replace(named, broken=str(error))
+
+
+def _as_called(golden: Golden, table: SamplerTable, artifact: Artifact) -> Golden:
+    """Return the golden samples that an artifact can make: those at the guidance scale that lies in its graphs."""
+    told, scale = table.guidance.input, artifact.guidance_scale
+    return golden if told is None or scale is None else golden.at(told, scale - 1)
 
 
 def _verify_sampler(
@@ -176,6 +183,7 @@ def _finished(
         sensitivity={k: response_gain(*both) for k, both in responses.items() if k not in faint},
         faint=faint,
         output=output,
+        reference=golden.output,
     )
 
 

@@ -18,7 +18,7 @@ from edgedistill.errors import BundleError, ConfigError, ContractError
 from edgedistill.files import read_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models import store
-from edgedistill.models.source import open_source
+from edgedistill.models.source import EMBEDDED_RANGE, open_source
 from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
@@ -27,6 +27,10 @@ from edgedistill.text import Tokenizer
 from export.assemble import export_student
 from export.formats import ExportOptions
 from export.single_root import layout_for, resized
+from quantize.assemble import plan
+from quantize.config import WeightOnlyConfig
+from runtimes.report import render
+from runtimes.verify import verify
 
 pytestmark = [
     # The loaders' own: torch.jit where optimum is imported, "\." in a pattern of optimum-intel, a tokenizer's regular
@@ -330,28 +334,61 @@ def test_no_loader_objects(onnx_root: Bundle) -> None:
     assert [finding for finding in found if finding.level == "error"] == []
 
 
+@pytest.fixture(scope="module")
+def lcm_root(tiny_pipelines, tmp_path_factory) -> Bundle:
+    """Graphs that take a guidance scale, which Apple's packages, that hold one, joined."""
+    student = open_source(tiny_pipelines / "lcm", num_steps=2, guidance_scale=4.5)
+    root, options = tmp_path_factory.mktemp("lcm") / "root", ExportOptions(layout=SINGLE_ROOT)
+    first = export_student(student, root, ["onnx"], options)
+    made = export_student(student, root, ["coreml"], options)
+    assert made.fingerprint == first.fingerprint
+    assert export_student(student, root, ["onnx", "coreml"], options) == made
+    return made
+
+
 @pytest.mark.slow
-def test_apples_packages_hold_one_guidance_scale(tiny_pipelines, tmp_path) -> None:
-    student = open_source(tiny_pipelines / "lcm", num_steps=1, guidance_scale=4.5)
-    made = export_student(student, tmp_path / "root", ["coreml"], ExportOptions(layout=SINGLE_ROOT))
-    packages = {path.name for path in (made.root / "coreml/packages").iterdir()}
+def test_apples_packages_hold_one_guidance_scale(lcm_root: Bundle) -> None:
+    root = lcm_root.root
+    packages = {path.name for path in (root / "coreml/packages").iterdir()}
     assert packages == {f"Stable_Diffusion_version_model_{name}.mlpackage" for name in NETWORKS}
-    assert {path.name for path in (made.root / "coreml/Resources").iterdir()} == {
+    assert {path.name for path in (root / "coreml/Resources").iterdir()} == {
         "vocab.json",
         "merges.txt",
     }
-    assert (made.root / "coreml/compile_on_mac.sh").stat().st_mode & 0o100
-    errors = [item for item in check_layout(made.root, ["swift"]) if item.level == "error"]
+    assert (root / "coreml/compile_on_mac.sh").stat().st_mode & 0o100
+    errors = [item for item in check_layout(root, ["swift"]) if item.level == "error"]
     assert errors == []
-    signature = made.artifacts["coreml-float16"].networks["unet"].signature
-    assert signature.input("w") is None
-    assert made.table.guidance.range == (4.5, 4.5)
+    scales = {name: item.guidance_scale for name, item in lcm_root.artifacts.items()}
+    assert scales == {"torch-float32": None, "onnx-float32": None, "coreml-float16": 4.5}
+    smaller = plan(lcm_root, WeightOnlyConfig("palette6"), ["coreml"]).jobs[0].result
+    assert smaller.guidance_scale == 4.5
+    assert lcm_root.table.guidance.range == EMBEDDED_RANGE
     ours, reference = (
-        load(made, runtime)(prompt=PROMPT, seed=5).array for runtime in ("coreml", "torch")
+        load(lcm_root, runtime)(prompt=PROMPT, seed=5).array for runtime in ("coreml", "torch")
     )
     assert snr_db(reference, ours) >= 45.0
-    with pytest.raises(ContractError, match=r"must lie in the trained range \[4.5, 4.5\]"):
-        load(made, "torch")(prompt=PROMPT, guidance_scale=2.0)
+    one, other = (
+        load(lcm_root, "onnxruntime")(prompt=PROMPT, seed=5, guidance_scale=scale).array
+        for scale in (4.5, 2.0)
+    )
+    assert snr_db(reference, one) >= 100.0 > snr_db(reference, other)
+    with pytest.raises(ContractError, match="guidance is 'baked' at scale 4.5"):
+        load(lcm_root, "coreml")(prompt=PROMPT, guidance_scale=2.0)
+
+
+@pytest.mark.slow
+def test_parity_of_a_scale_that_lies_in_the_graphs_is_on_samples_of_that_scale(
+    lcm_root: Bundle,
+) -> None:
+    report = verify([lcm_root])
+    compared = {item.name: item for item in report.artifacts}
+    assert report.failures == ()
+    assert "w" in compared["onnx-float32"].sensitivity
+    apples = compared["coreml-float16"]
+    assert apples.output.shape == apples.reference.shape
+    assert len(apples.output) == 6  # of 8, two of which are of the far end of the range
+    assert {*apples.sensitivity, *apples.faint} == {"input_ids"}
+    assert "coreml-float16" in render(report)
 
 
 @pytest.mark.slow
