@@ -45,7 +45,7 @@ from edgedistill.weight_files import plain_names, weights_in
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
-from .loader_files import check_formats, make_stock, write_loader_files
+from .loader_files import check_jobs, make_stock, write_loader_files
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects
 from .worker import ALONE_ABOVE, called, in_child, works_alone
@@ -91,7 +91,7 @@ def export_student(
         refuse(choose(student.samplers, options.single_graph))
     wanted = {job.name: job for job in jobs(formats, options)}
     if options.layout == SINGLE_ROOT:
-        check_formats(student, {job.format for job in wanted.values()})
+        check_jobs(student, wanted.values())
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
     missing = [job for name, job in wanted.items() if name not in kept]
@@ -282,7 +282,7 @@ def _add(draft: Draft, student: Student, networks: Networks, isolate: str, job: 
     files, reports = {}, []
     written: dict[tuple[str, Signature], str] = {}
     for name, (network, signature) in _graphs(student, networks, job).items():
-        own = job.path(name)
+        own = job.path(name, controlled=signature.input("residual") is not None)
         weights = _digest(student.folder(name)) if name in student.signatures else name
         path = written.setdefault((weights, signature), own)
         if path == own:

@@ -1,8 +1,8 @@
 """Graphs as loaders want them: names, ranks and dtypes by format, and modules to trace that speak so.
 
 Sources: optimum-onnx 0.1.0 and optimum-intel 1.27 (`modeling_diffusion.py`), openvino.genai 2026.4
-(`src/cpp/src/image_generation`), apple/ml-stable-diffusion (`torch2coreml.py`, `Unet.swift`, `TextEncoder.swift`,
-`TextEncoderXL.swift`, `Encoder.swift`, `Decoder.swift`).
+(`src/cpp/src/image_generation`), apple/ml-stable-diffusion (`torch2coreml.py`, `Unet.swift`, `ControlNet.swift`,
+`TextEncoder.swift`, `TextEncoderXL.swift`, `Encoder.swift`, `Decoder.swift`).
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.errors import ContractError
+from edgedistill.models.controlnet import ControlNet
 from edgedistill.models.inputs import SCALES, scalar_embedding
 from edgedistill.models.text import TextEncoder
 from edgedistill.models.vae import VaeDecoder, VaeEncoder
@@ -30,7 +31,9 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
     "coreml": {"raw": "noise_pred", "latent": "z", "image": "image", "moments": "latent"},
 }
 _APPLE_ENCODER_INPUT = "x"
-UNET_KINDS = {"x", "t", "text", "pooled", "size", "w"}
+_PICTURE = "controlnet_cond"
+"""diffusers' and Apple's name of the picture that a ControlNet follows."""
+UNET_KINDS = {"x", "t", "text", "pooled", "size", "w", "residual"}
 """What loaders feed a denoiser."""
 
 
@@ -43,6 +46,7 @@ class Dialect:
         two_encoders: Whether the pipeline reads prompts with two text encoders, as Stable Diffusion XL does:
             then what leaves the last layer but one is what counts.
         guided: Whether the network is called with and without condition.
+        controlled: Whether a ControlNet is called before it.
         w: The guidance weight to fold into graphs of Core ML, whose loader feeds none; None: there is none.
         free_sizes: Whether height and width are left free, batch apart. Core ML leaves nothing free.
     """
@@ -50,6 +54,7 @@ class Dialect:
     format: str
     two_encoders: bool = False
     guided: bool = False
+    controlled: bool = False
     w: float | None = None
     free_sizes: bool = False
 
@@ -57,7 +62,8 @@ class Dialect:
         """Return what the graph of a network takes and gives, and what to trace for it.
 
         Args:
-            network: A denoiser of Stable Diffusion's kind, a text encoder, or half of an autoencoder.
+            network: A denoiser of Stable Diffusion's kind, its ControlNet, a text encoder, or half of an
+                autoencoder.
             signature: The network's own, its sizes fixed but for the batch.
 
         Returns:
@@ -76,6 +82,10 @@ class Dialect:
                 return made, _SpokenHalf(network)
             case VaeDecoder():
                 return self._fitted(signature), _SpokenHalf(network)
+            case ControlNet():
+                config = network.config
+                inputs = tuple(self._unet_input(spec, config) for spec in signature.inputs)
+                return self._fitted(Signature(inputs, signature.outputs)), _SpokenControl(network)
             case UNet2DConditionModel():
                 return self._unet(network, signature)
         msg = f"Loaders of pipelines know no {type(network).__name__}; export with --layout bundle."
@@ -142,15 +152,19 @@ class Dialect:
         inputs, outputs = (
             tuple(map(self._fitted_spec, side)) for side in (signature.inputs, signature.outputs)
         )
-        if self.format == "coreml" and inputs[0].kind == "image":
-            inputs = (_called(inputs[0], _APPLE_ENCODER_INPUT),)
-        return Signature(inputs, outputs)
+        first, *others = inputs
+        if self.format == "coreml" and first.kind == "image":
+            first = _called(first, _APPLE_ENCODER_INPUT)
+        others = [_called(s, _PICTURE) if s.kind == "image" else s for s in others]
+        return Signature((first, *others), outputs)
 
     def _fitted_spec(self, spec: TensorSpec) -> TensorSpec:
         shape = spec.shape
         if self.free_sizes and spec.kind in _FREE:
             shape = (*shape[:2], *_FREE[spec.kind])
         name = _NAMES[self.format].get(spec.kind, spec.name)
+        if spec.kind == "residual":
+            name = f"additional_{spec.name}"
         return _called(dataclasses.replace(spec, shape=shape), name)
 
 
@@ -186,19 +200,52 @@ class _SpokenUNet(nn.Module):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        **residuals: Tensor,
     ) -> Tensor:
-        """Predict raw; a timestep of one number is that of all samples."""
-        if encoder_hidden_states.ndim == 4:
-            encoder_hidden_states = encoder_hidden_states.squeeze(2).transpose(1, 2)
+        """Predict raw; a timestep of one number is that of all samples, the last residual that of the middle."""
+        *skips, middle = residuals.values() or (None,)
         told = timestep_cond if self.told is None else self.told.expand(sample.shape[0], -1)
         return UNet2DConditionModel.forward(
             self.network,
             sample,
             timestep.to(sample.dtype).expand(sample.shape[0]),
-            encoder_hidden_states,
+            _text_rows(encoder_hidden_states),
             timestep_cond=told,
             added_cond_kwargs=added_cond_kwargs,
+            down_block_additional_residuals=skips or None,
+            mid_block_additional_residual=middle,
         ).sample
+
+
+class _SpokenControl(nn.Module):
+    """A ControlNet that takes timesteps, texts and its picture as loaders give them."""
+
+    def __init__(self, network: ControlNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Return the residuals; a timestep of one number is that of all samples."""
+        made: tuple[Tensor, ...] = self.network(
+            sample,
+            timestep.to(sample.dtype).expand(sample.shape[0]),
+            _text_rows(encoder_hidden_states),
+            controlnet_cond,
+            added_cond_kwargs,
+        )
+        return made
+
+
+def _text_rows(text: Tensor) -> Tensor:
+    """Return a text as (batch, length, dim), which Apple gives as (batch, dim, 1, length)."""
+    return text.squeeze(2).transpose(1, 2) if text.ndim == 4 else text
 
 
 class _SpokenText(nn.Module):
@@ -263,6 +310,6 @@ def batch_of(dialect: Dialect, network: nn.Module) -> int | str:
     """Return the batch of a graph: free, and in Core ML one, or both calls of a guided denoiser."""
     if dialect.format != "coreml":
         return BATCH
-    # Swift calls the denoiser of Stable Diffusion XL with both halves whatever the guidance.
-    both = dialect.guided or dialect.two_encoders
-    return 2 if both and isinstance(network, UNet2DConditionModel) else 1
+    # Swift calls the denoiser of Stable Diffusion XL with both halves whatever the guidance, and a ControlNet.
+    both = dialect.guided or dialect.two_encoders or dialect.controlled
+    return 2 if both and isinstance(network, UNet2DConditionModel | ControlNet) else 1

@@ -170,10 +170,11 @@ class Job:
         """One of `export.layouts.LAYOUTS`."""
         return str(self.settings.get("layout", BUNDLE))
 
-    def path(self, network: str) -> str:
-        """Return where the file of a network lies."""
+    def path(self, network: str, *, controlled: bool = False) -> str:
+        """Return where the file of a network lies, which may take residuals of a ControlNet."""
         kind = self.name.removeprefix(f"{self.format}-")
-        return place(self.layout, self.format, kind, network, FORMATS[self.format].suffix)
+        suffix = FORMATS[self.format].suffix
+        return place(self.layout, self.format, kind, network, suffix, controlled=controlled)
 
     @property
     def sampler(self) -> str | None:

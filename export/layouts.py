@@ -9,9 +9,18 @@ RESOURCES = "coreml/Resources"
 SOURCES = "coreml/Swift"
 _GRAPHS = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 _HALVES = ("vae_decoder", "vae_encoder")
+CONTROLNET = "controlnet"
 
 
-def place(layout: str, form: str, precision: str, network: str, suffix: str = "") -> str:
+def place(
+    layout: str,
+    form: str,
+    precision: str,
+    network: str,
+    suffix: str = "",
+    *,
+    controlled: bool = False,
+) -> str:
     """Return the path of a network's file, or of the folder of its weights, in a bundle.
 
     Args:
@@ -20,11 +29,15 @@ def place(layout: str, form: str, precision: str, network: str, suffix: str = ""
         precision: Of the artifact; a single root holds one per format.
         network: Its name.
         suffix: Of the file.
+        controlled: Whether it takes residuals of a ControlNet, which Apple's names tell.
     """
     if layout == BUNDLE:
         return f"{form}/{precision}/{network}{suffix}"
     if form == "torch":
         return "vae" if network in _HALVES else network
     if form == "coreml":
-        return f"{PACKAGES}/Stable_Diffusion_version_model_{network}{suffix}"
+        if network == CONTROLNET:
+            return f"{PACKAGES}/ControlNet_control{suffix}"
+        name = f"control-{network}" if controlled else network
+        return f"{PACKAGES}/Stable_Diffusion_version_model_{name}{suffix}"
     return f"{network}/{_GRAPHS[form]}"

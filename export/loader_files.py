@@ -15,7 +15,8 @@ from edgedistill.swift import write_swift_sources
 from edgedistill.tables import tokenizers_of
 from edgedistill.telemetry import require_silent
 
-from .layouts import INDEX, RESOURCES, SOURCES
+from .formats import Job
+from .layouts import CONTROLNET, INDEX, RESOURCES, SOURCES
 
 SCHEDULER = "scheduler/scheduler_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
@@ -100,8 +101,11 @@ def make_stock(folder: Path) -> None:
 def pipeline_class(student: Student) -> str:
     """Return the class of diffusers' that loaders know a student as."""
     config = read_json(student.folder("unet") / "config.json")
+    of = "ControlNet" if CONTROLNET in student.signatures else ""
     if config.get("addition_embed_type") == "text_time":
-        return "StableDiffusionXLPipeline"
+        return f"StableDiffusionXL{of}Pipeline"
+    if of:
+        return f"StableDiffusion{of}Pipeline"
     if student.table.guidance.mode == "embedded":
         return "LatentConsistencyModelPipeline"
     return "StableDiffusionPipeline"
@@ -117,10 +121,11 @@ def _index(
     if "openvino" not in formats:
         vae = str(read_json(student.folder("vae_decoder") / "config.json")["_class_name"])
     kind = pipeline_class(student)
-    second = "text_encoder_2" in student.signatures
+    second, controlled = (name in student.signatures for name in ("text_encoder_2", CONTROLNET))
     index: dict[str, Any] = {
         "_class_name": kind,
         "_diffusers_version": diffusers.__version__,
+        **({CONTROLNET: ["diffusers", "ControlNetModel"]} if controlled else {}),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "scheduler": ["diffusers", _scheduler(student)["_class_name"]],
@@ -199,13 +204,27 @@ def _write_apples(student: Student, root: Path) -> None:
     write_swift_sources(root / SOURCES, student.samplers)
 
 
-def check_formats(student: Student, formats: Collection[str]) -> None:
+def check_jobs(student: Student, wanted: Collection[Job]) -> None:
     """Refuse what a loader could not run.
 
+    Args:
+        student: One of which `why_not` has nothing to say.
+        wanted: What will be written to a single root.
+
     Raises:
-        ContractError: If an encoder of images gives no distribution, which Apple's package draws from.
+        ContractError: If Apple's package has no such pipeline, or an encoder of images gives no distribution,
+            which it draws from; or if sizes shall be free beside a ControlNet, whose own are not.
     """
-    if "coreml" not in formats or "vae_encoder" not in student.signatures:
+    controlled = CONTROLNET in student.signatures
+    if controlled and any(job.settings.get("free_sizes") for job in wanted):
+        msg = f"{student.root}: a ControlNet is exported at one size; leave --dynamic out, or give height and width."
+        raise ContractError(msg)
+    if not any(job.format == "coreml" for job in wanted):
+        return
+    if controlled and "text_encoder_2" in student.signatures:
+        msg = f"{student.root}: Apple's package has no ControlNets for Stable Diffusion XL; export with --layout bundle."
+        raise ContractError(msg)
+    if "vae_encoder" not in student.signatures:
         return
     config = read_json(student.folder("vae_encoder") / "config.json")
     if config.get("_class_name") != "AutoencoderKL":

@@ -16,7 +16,7 @@ from edgedistill.table import SamplerTable
 
 from .dialects import UNET_KINDS, Dialect, batch_of
 from .formats import Job
-from .layouts import BUNDLE, INDEX, SINGLE_ROOT
+from .layouts import BUNDLE, CONTROLNET, INDEX, SINGLE_ROOT
 from .loader_files import why_not
 
 SECOND = "text_encoder_2"
@@ -27,6 +27,7 @@ _KNOWN: Mapping[str, Collection[str]] = {
     "unet": ("UNet2DConditionModel", "ExtendedUNet2DConditionModel"),
     "text_encoder": ("CLIPTextModel",),
     SECOND: ("CLIPTextModelWithProjection",),
+    CONTROLNET: ("ControlNetModel",),
     _DECODER: _AUTOENCODERS,
     "vae_encoder": _AUTOENCODERS,
 }
@@ -161,6 +162,7 @@ def in_dialects(
         job.format,
         two_encoders=SECOND in student.signatures,
         guided=guidance.mode == "cfg",
+        controlled=CONTROLNET in student.signatures,
         w=guidance.default - 1 if guidance.mode == "embedded" else None,
         free_sizes=bool(job.settings.get("free_sizes")),
     )

@@ -19,26 +19,22 @@ from edgedistill.table import Condition
 IMAGE = "image"
 RANGE = (0.0, 1.0)
 """Values of black and white in the control picture."""
-SCALE = "conditioning_scale"
-"""Key of ``config.json`` that the residuals are multiplied with; not the stock library's, which leaves it alone."""
+_LAST = ("controlnet_down_blocks.", "controlnet_mid_block.")
+"""The convolutions that residuals leave through."""
 
 
 class ControlNet(nn.Module):
-    """diffusers' `ControlNetModel` (arXiv:2302.05543) as a network of named tensors, at one size and scale.
+    """diffusers' `ControlNetModel` (arXiv:2302.05543) as a network of named tensors, at one size.
 
     Args:
         stock: The stock network, which holds the weights.
         latent_size: (height, width) of the states.
-        scale: Multiplies the residuals.
     """
 
-    def __init__(
-        self, stock: ControlNetModel, latent_size: tuple[int, int], scale: float = 1.0
-    ) -> None:
+    def __init__(self, stock: ControlNetModel, latent_size: tuple[int, int]) -> None:
         super().__init__()
         self.stock = stock
-        self.scale = scale
-        self.config: dict[str, Any] = {**store.config_of(stock), SCALE: scale}
+        self.config: dict[str, Any] = store.config_of(stock)
         self.latent_size = latent_size
 
     @property
@@ -76,7 +72,6 @@ class ControlNet(nn.Module):
             timestep,
             encoder_hidden_states,
             controlnet_cond=image,
-            conditioning_scale=self.scale,
             added_cond_kwargs=added_cond_kwargs,
             return_dict=False,
         )
@@ -101,19 +96,26 @@ def build_controlnet(config: Mapping[str, Any]) -> ControlNetModel:
     if config.get("global_pool_conditions") or config.get("num_class_embeds"):
         msg = "`global_pool_conditions` and `num_class_embeds` are not known here"
         raise ValueError(msg)
-    public = {
-        key: value for key, value in config.items() if key != SCALE and not key.startswith("_")
-    }
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
     stock: ControlNetModel = ControlNetModel.from_config(public)
-    stock.register_to_config(**{SCALE: float(config.get(SCALE, 1.0))})
     return stock
+
+
+def scale_residuals(state: dict[str, Tensor], scale: float) -> None:
+    """Multiply what a ControlNet answers by changing its weights, which every loader then has.
+
+    Args:
+        state: Of a `ControlNetModel`; it is changed.
+        scale: diffusers' ``controlnet_conditioning_scale``.
+    """
+    for name in [name for name in state if name.startswith(_LAST)]:
+        state[name] = state[name] * scale
 
 
 def controlling(stock: ControlNetModel, signature: Signature) -> ControlNet:
     """Return a stock network as one that takes states of a signature's size."""
     _, _, height, width = signature.inputs[0].shape
-    scale = float(store.config_of(stock)[SCALE])
-    return ControlNet(stock, (int(height), int(width)), scale)
+    return ControlNet(stock, (int(height), int(width)))
 
 
 def controlled(network: UNet2DConditionModel) -> ExtendedUNet2DConditionModel:

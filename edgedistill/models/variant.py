@@ -4,12 +4,13 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json, sha256, write_json
@@ -26,6 +27,7 @@ from edgedistill.weight_files import (
     variants,
 )
 
+Change = Callable[[dict[str, Tensor]], None]  # of a network's weights, in place
 _WHOLE = (*PARTS, "vae", CONTROLNET, "scheduler", "tokenizer", "tokenizer_2", INDEX, PROMPTS)
 
 
@@ -77,7 +79,7 @@ def open_variant(
         loras: Added one after another.
         vae: Folder of another autoencoder.
         controlnet: Folder of a ControlNet; None: the pipeline's own, if it has one.
-        conditioning_scale: Multiplies what it adds to the network's skips; None: 1, or what was set before.
+        conditioning_scale: Multiplies what it adds to the network's skips, in its weights; None: 1.
         variant: Name of the weights to take, such as ``"fp16"``, where a network has them.
         **asked: As `edgedistill.models.source.open_source`.
 
@@ -102,14 +104,16 @@ def open_variant(
         if not (root / part).is_dir():
             msg = f"{root}: has no {part}/, which a LoRA updates; the file is for another pipeline, or this is no whole one."
             raise BundleError(msg)
-    replaced = {"vae": vae, CONTROLNET: controlnet}
-    for part in _WHOLE:
-        if part not in changed:
-            _link(replaced.get(part) or root / part, place / part)
-    for part in changed:
-        _write_updated(root / part, place / part, part, updates)
+    sources = {part: root / part for part in _WHOLE}
+    sources |= {"vae": vae or sources["vae"], CONTROLNET: controlnet or sources[CONTROLNET]}
+    changes: dict[str, Change] = {part: _adding(part, updates) for part in changed}
     if conditioning_scale is not None:
-        _set_scale(place / CONTROLNET / "config.json", conditioning_scale)
+        changes[CONTROLNET] = _scaling(sources[CONTROLNET], conditioning_scale)
+    for part, source in sources.items():
+        if part in changes:
+            _write_changed(source, place / part, changes[part])
+        else:
+            _link(source, place / part)
     student = open_source(place, **asked)
     merged = [
         {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
@@ -125,14 +129,24 @@ def open_variant(
     return dataclasses.replace(student, name=name, provenance={**student.provenance, **told})
 
 
-def _set_scale(path: Path, scale: float) -> None:
-    """Write how much of a ControlNet there is into its configuration."""
-    from edgedistill.models.controlnet import SCALE
+def _scaling(source: Path, scale: float) -> Change:
+    """Return what multiplies the residuals of a ControlNet."""
+    from edgedistill.models.controlnet import scale_residuals
 
-    if not path.is_file() or not math.isfinite(scale):
+    if not source.is_dir() or not math.isfinite(scale):
         msg = f"A conditioning scale is a finite number for a ControlNet, got {scale:g}; give one with --controlnet."
         raise ConfigError(msg)
-    write_json(path, {**read_json(path), SCALE: scale})
+    return lambda state: scale_residuals(state, scale)
+
+
+def _adding(part: str, updates: Sequence[tuple[Lora, Mapping[str, Layers]]]) -> Change:
+    """Return what adds the updates of one part of a pipeline."""
+
+    def add(state: dict[str, Tensor]) -> None:
+        for lora, held in updates:
+            add_updates(state, held.get(part, {}), lora.scale, str(lora.path))
+
+    return add
 
 
 def _of_variant(root: Path, place: Path, variant: str) -> Path:
@@ -155,16 +169,13 @@ def _of_variant(root: Path, place: Path, variant: str) -> Path:
     return place
 
 
-def _write_updated(
-    source: Path, folder: Path, part: str, updates: Sequence[tuple[Lora, Mapping[str, Layers]]]
-) -> None:
-    """Write a network with the updates of one part of a pipeline added to its weights."""
+def _write_changed(source: Path, folder: Path, change: Change) -> None:
+    """Write a network with other weights."""
     config = read_json(source / "config.json")
     with torch.device("meta"):
         network = store.build(config, str(source))
     state = store.load_shards(store.weights_of(network, source))
-    for lora, held in updates:
-        add_updates(state, held.get(part, {}), lora.scale, str(lora.path))
+    change(state)
     write_json(folder / "config.json", config)
     store.save_weights(state, folder / store.weights_file(network), {"format": "pt"})
 

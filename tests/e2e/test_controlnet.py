@@ -93,7 +93,7 @@ def test_it_is_exported_beside_another_pipeline_and_sampled_by_command(
 ) -> None:
     bundle = tmp_path / "out"
     asked = ["--controlnet", str(root / "controlnet"), "--controlnet-conditioning-scale", "0.6"]
-    asked += ["--num-inference-steps", str(STEPS), "--guidance-scale", "5", "--dynamic"]
+    asked += ["--num-inference-steps", str(STEPS), "--guidance-scale", "5"]
     source = str(tiny_pipelines / "sd")
     assert main(["export", "onnx", "-m", source, str(bundle), *asked]) == 0
     assert Bundle.open(bundle).provenance["conditioning_scale"] == 0.6
@@ -116,14 +116,6 @@ def test_it_is_exported_beside_another_pipeline_and_sampled_by_command(
         1, seed=0, prompt=PROMPTS[0], image=picture.transpose(2, 0, 1) / np.float32(255)
     )
     np.testing.assert_allclose(np.load(tmp_path / "a.npy"), same.array, atol=1e-5)
-
-
-def test_no_loader_knows_it_as_a_single_root(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ["export", "onnx", "-m", str(root), str(tmp_path / "out"), "--layout", "single-root"]
-    assert main(asked) == 2
-    assert "controlnet (ControlNetModel)" in capsys.readouterr().err
 
 
 def _changed(root: Path, place: Path, **values: object) -> Path:
