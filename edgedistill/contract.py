@@ -153,3 +153,21 @@ class Signature:
             tuple(TensorSpec.from_json(item) for item in data["inputs"]),
             tuple(TensorSpec.from_json(item) for item in data["outputs"]),
         )
+
+
+def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Return (channels, height, width) of every residual that a UNet takes: skips, then middle.
+
+    Args:
+        config: Of the UNet, or of its ControlNet.
+    """
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    widths = config["block_out_channels"]
+    shapes = [(widths[0], height, width)]
+    for level, channels in enumerate(widths):
+        shapes += [(channels, height, width)] * config["layers_per_block"]
+        if level < len(widths) - 1:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            shapes.append((channels, height, width))
+    return [*shapes, (widths[-1], height, width)]

@@ -28,6 +28,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from edgedistill.contract import residual_shapes
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
 from edgedistill.methods.jumps import END, GridSettings, gamma_rows, jump
@@ -58,7 +59,6 @@ from edgedistill.methods.targets import Predict, Solver, cfg_combine, solver_ste
 from edgedistill.models.critic import Critic
 from edgedistill.models.discriminator import Head
 from edgedistill.models.store import config_of
-from edgedistill.models.unet import residual_shapes
 from edgedistill.schedule import Schedule
 from edgedistill.table import Guidance, SamplerTable
 

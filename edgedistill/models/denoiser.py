@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedistill.contract import Signature
+from edgedistill.contract import Signature, residual_shapes
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
-from edgedistill.models.unet import residual_shapes
 from edgedistill.prediction import PredictionType, eps_coefficients, x0_coefficients
 from edgedistill.schedule import Schedule
 

@@ -10,12 +10,11 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from edgedistill.contract import BATCH, Signature, TensorSpec
+from edgedistill.contract import BATCH, Signature, TensorSpec, residual_shapes
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.inputs import scalar_embedding
-from edgedistill.models.unet import residual_shapes
 
 GROUPS = 8
 W_SCALE = (

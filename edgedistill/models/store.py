@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgedistill.choices import SIZES
-from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
+from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec, residual_shapes
 from edgedistill.errors import BundleError
 from edgedistill.files import read_json, write_json
 from edgedistill.models.conditional import (
@@ -20,7 +20,7 @@ from edgedistill.models.conditional import (
     build_extended_conditional,
 )
 from edgedistill.models.residuals import build_residual_encoder
-from edgedistill.models.unet import build_extended, build_stock, residual_shapes
+from edgedistill.models.unet import build_extended, build_stock
 from edgedistill.weight_files import DIFFUSERS, WeightFiles, find_weights, weight_map
 
 WEIGHTS = f"{DIFFUSERS}.safetensors"

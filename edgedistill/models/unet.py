@@ -8,6 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from edgedistill.contract import residual_shapes
 from edgedistill.errors import ConfigError
 from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, picture, scalar_embedding
 
@@ -113,20 +114,6 @@ class ExtendedUNet2DModel(nn.Module):
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
         return embedding
-
-
-def residual_shapes(config: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """Return (channels, height, width) of every residual of a `UNet2DModel` configuration: skips, then middle."""
-    size = config["sample_size"]
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    widths = config["block_out_channels"]
-    shapes = [(widths[0], height, width)]
-    for level, channels in enumerate(widths):
-        shapes += [(channels, height, width)] * config["layers_per_block"]
-        if level < len(widths) - 1:
-            height, width = (height + 1) // 2, (width + 1) // 2
-            shapes.append((channels, height, width))
-    return [*shapes, (widths[-1], height, width)]
 
 
 def zero_convs(config: Mapping[str, Any], base_channels: Sequence[int]) -> nn.ModuleList:
