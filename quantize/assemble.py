@@ -39,10 +39,12 @@ class Job:
     Fields:
         source: The float artifact.
         result: What it becomes, networks in order, still without `made_with`.
+        kept: Why a network stays as it is, by name.
     """
 
     source: Artifact
     result: Artifact
+    kept: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,26 @@ class Plan:
     left_out: Mapping[str, str]
 
 
-def plan(bundle: Bundle, config: Config, only: Sequence[str] = ()) -> Plan:
+def plan(
+    bundle: Bundle, config: Config, only: Sequence[str] = (), networks: Collection[str] = ()
+) -> Plan:
     """Choose what to make smaller.
 
     Args:
         bundle: Holds the float artifacts.
         config: What to do to them.
         only: Formats to choose from; none: all that the bundle holds.
+        networks: Names of those to make smaller, beside which the others stay as they are; none: all.
 
     Raises:
-        ConfigError: If nothing can be made, or not of every format in `only`.
+        ConfigError: If nothing can be made, or not of every format in `only`, or there is no such network.
     """
     if unknown := sorted(set(only) - set(FORMATS)):
         msg = f"Unknown format {', '.join(map(repr, unknown))}: choose of {', '.join(FORMATS)}."
         raise ConfigError(msg)
     way = WAYS[config.precision]
     held = {item.format for item in bundle.artifacts.values()}
+    kept = _kept(bundle, networks)
     jobs, left_out = [], {}
     for name in only or [name for name in FORMATS if name in held]:
         source = _source(bundle, name)
@@ -81,8 +87,10 @@ def plan(bundle: Bundle, config: Config, only: Sequence[str] = ()) -> Plan:
             left_out[name] = way.elsewhere
         elif source is None:
             left_out[name] = f"the bundle holds no {' or '.join(_precisions(name))} artifact of it"
+        elif set(source.networks) <= set(kept):
+            left_out[name] = "all of its networks stay as they are"
         else:
-            jobs.append(Job(source, _result(source, config.precision, _deciders(bundle))))
+            jobs.append(Job(source, _result(source, config.precision, kept), kept))
     if not jobs or (only and left_out):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         msg = (
@@ -99,6 +107,7 @@ def quantize_bundle(
     config: Config,
     *,
     only: Sequence[str] = (),
+    networks: Collection[str] = (),
     overwrite: bool = False,
     progress: Progress = lambda items, _: items,
 ) -> Bundle:
@@ -111,7 +120,7 @@ def quantize_bundle(
         bundle: The source.
         target: Folder to make or to add to.
         config: What to do.
-        only: As `plan`.
+        only, networks: As `plan`.
         overwrite: Replace a bundle at `target`, whatever it holds.
         progress: Wraps each sequence that takes time; its second argument says what it is.
 
@@ -123,7 +132,7 @@ def quantize_bundle(
         ConfigError: As `plan`; or if `bundle` itself would be replaced.
         MissingDependencyError: If a package is not installed.
     """
-    jobs = plan(bundle, config, only).jobs
+    jobs = plan(bundle, config, only, networks).jobs
     if overwrite and target.resolve() == bundle.root.resolve():
         msg = f"{target}: cannot replace the bundle that it is made from; leave --overwrite out to add to it."
         raise ConfigError(msg)
@@ -153,14 +162,21 @@ def _source(bundle: Bundle, format_: str) -> Artifact | None:
     return next((held[name] for name in _precisions(format_) if name in held), None)
 
 
-def _deciders(bundle: Bundle) -> set[str]:
-    """Return the networks whose answers decide which student draws a sample: a rounded one may choose another."""
-    found: set[str] = set()
+def _kept(bundle: Bundle, networks: Collection[str]) -> dict[str, str]:
+    """Return the networks that stay as they are, and why.
+
+    Those whose answers decide which student draws a sample stay in any case: a rounded one may choose another.
+    """
+    held = {name: None for item in bundle.artifacts.values() for name in item.networks}
+    if unknown := sorted(set(networks) - set(held)):
+        msg = f"{bundle.root}: no network {', '.join(map(repr, unknown))}; the bundle holds: {', '.join(held)}."
+        raise ConfigError(msg)
+    kept = {name: "not asked for" for name in held if networks and name not in networks}
     for table in bundle.samplers.values():
         text = table.condition("text")
         if table.router is not None and table.router.kind == SIGN_PLANES and text is not None:
-            found.update(text.encoders)
-    return found
+            kept |= dict.fromkeys(text.encoders, "the router chooses students by its answer")
+    return kept
 
 
 def _result(source: Artifact, precision: str, kept: Collection[str]) -> Artifact:
@@ -189,14 +205,15 @@ def _in_place(job: Job, base: Bundle) -> Job:
 
 def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progress) -> Artifact:
     made: dict[str, Any] = {}
-    calls, deciders = _held_out_calls(bundle, job.source), _deciders(bundle)
+    calls = _held_out_calls(bundle, job.source)
     runtime = plugins.find(plugins.RUNTIMES, job.result.runtime)
     for name, file in job.result.networks.items():
         source, path = bundle.path(job.source.networks[name].path), root / file.path
-        if name in deciders:
+        if name in job.kept:
             bundle.copy(job.source.networks[name].path, path.parent)
-            made[name] = {"kept": "the router chooses students by its answer"}
-        elif not path.exists():  # several names may stand for one file
+            made[name] = {"kept": job.kept[name], "snr_db": finite_db(math.inf)}
+            continue
+        if not path.exists():  # several names may stand for one file
             made[name] = _compress(bundle, name, job, config, (source, path), progress)
         else:
             made[name] = {"same_as": _first_of(job.result, file.path)}

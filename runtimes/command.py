@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edgedistill.pipeline import Pipeline
+    from edgedistill.tiling import Tiling
 
 _SHEET_WIDTH = 256
 _SAMPLE_EPILOG = """\
@@ -74,6 +75,17 @@ def register_sample(commands: Any) -> None:
     parser.add_argument(
         "--low-memory", action="store_true", help="open one network after another, keep none"
     )
+    parser.add_argument(
+        "--vae-tiling",
+        metavar="N",
+        nargs="?",
+        const=True,
+        type=positive,
+        help="decode latents in tiles of NxN of their pixels, for less memory (N: 32)",
+    )
+    parser.add_argument(
+        "--vae-tile-overlap", metavar="N", type=int, help="that tiles share (default: a quarter)"
+    )
     parser.add_argument("--columns", metavar="N", type=positive, help="of the sheet")
     parser.add_argument("--scale", metavar="N", type=positive, help="enlarge each pixel N times")
     parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
@@ -120,6 +132,7 @@ def _sample(options: argparse.Namespace) -> int:
         options.runtime,
         options.artifact,
         low_memory=options.low_memory,
+        vae_tiling=_tiling(options),
         **_runtime_options(options),
     )
     count = options.num_samples or len(options.labels or options.prompt or []) or 16
@@ -220,6 +233,18 @@ def _bar(items: Sequence[Any]) -> Iterable[Any]:
 def _runtime_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {"device": options.device, "threads": options.threads}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _tiling(options: argparse.Namespace) -> "Tiling | None":
+    from edgedistill.tiling import Tiling
+
+    size, overlap = options.vae_tiling, options.vae_tile_overlap
+    if size is None:
+        if overlap is not None:
+            msg = "--vae-tile-overlap: only with --vae-tiling."
+            raise ConfigError(msg)
+        return None
+    return Tiling(overlap=overlap) if size is True else Tiling(size, overlap)
 
 
 def _turns(

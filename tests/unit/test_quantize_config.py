@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgedistill.bundle import CALIBRATION, Artifact, Bundle
+from edgedistill.bundle import CALIBRATION, Artifact, Bundle, NetworkFile
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.probes import save_probes
@@ -117,8 +117,9 @@ def test_help_loads_nothing_heavy():
 
 
 def _bundle(tmp_path, *artifacts: str) -> Bundle:
+    networks = {name: NetworkFile(f"{name}/model.onnx", SIGNATURE) for name in ("unet", "vae")}
     held = {
-        name: Artifact(name, "runtime", *name.split("-", maxsplit=1), networks={})
+        name: Artifact(name, "runtime", *name.split("-", maxsplit=1), networks=networks)
         for name in artifacts
     }
     return Bundle(tmp_path, "tiny", "f" * 64, TABLE, held)
@@ -151,6 +152,19 @@ def test_each_format_is_made_of_its_best_float_artifact(tmp_path, config, made, 
     planned = plan(bundle, config)
     assert {job.result.name: job.source.name for job in planned.jobs} == made
     assert set(planned.left_out) == left_out
+
+
+def test_networks_that_are_not_asked_for_stay_as_they_are(tmp_path):
+    bundle = _bundle(tmp_path, "onnx-float32")
+    (job,) = plan(bundle, WeightOnlyConfig("int8"), networks=["vae"]).jobs
+    assert job.kept == {"unet": "not asked for"}
+    assert {name: file.path for name, file in job.result.networks.items()} == {
+        "unet": "onnx/int8-weights/unet/model.onnx",
+        "vae": "onnx/int8-weights/vae.onnx",
+    }
+    assert plan(bundle, WeightOnlyConfig("int8")).jobs[0].kept == {}
+    with pytest.raises(ConfigError, match="no network 'decoder'; the bundle holds: unet, vae"):
+        plan(bundle, WeightOnlyConfig("int8"), networks=["vae", "decoder"])
 
 
 def test_core_ml_falls_back_to_float32(tmp_path):

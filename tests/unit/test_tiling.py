@@ -98,9 +98,13 @@ def artifact(format_: str, *, free: bool) -> Artifact:
     return Artifact(f"{format_}-float32", format_, format_, "float32", files)
 
 
-def test_a_graph_of_one_size_is_refused_by_name():
+@pytest.mark.parametrize("form", ["onnx", "openvino", "coreml"])
+def test_a_graph_of_one_size_is_refused_by_name(form):
     with pytest.raises(ConfigError, match=r"model\.onnx: takes latents of 8x8 alone.*--dynamic"):
-        in_tiles(lambda _: {}, artifact("onnx", free=False), tables("vae_decoder"), Tiling(4))
+        in_tiles(lambda _: {}, artifact(form, free=False), tables("vae_decoder"), Tiling(4))
+
+
+def test_what_calls_no_decoder_is_refused():
     with pytest.raises(ConfigError, match="'onnx-float32' calls no decoder of latents"):
         in_tiles(lambda _: {}, artifact("onnx", free=True), tables(None), Tiling(4))
 
