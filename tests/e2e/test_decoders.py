@@ -121,7 +121,7 @@ def test_tiles_by_the_command_line(run, root: Bundle, tmp_path) -> None:
 
 
 # dB SNR of the picture against the float one, measured on these random weights, less 3.
-FLOORS = {"int8-weights": 32.0, "int8": 20.0}
+FLOORS = {"int8-weights": 49.0, "int8": 41.0}
 
 
 @pytest.mark.slow
@@ -151,5 +151,5 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
             same = made.path(file.path).read_bytes() == root.path(source.path).read_bytes()
             assert file.path == source.path
             assert same == (name != "vae_decoder")
-        assert snr_db(ours(form, root), ours(form, made)) > FLOORS[precision] + 3
+        assert snr_db(ours(form, root), ours(form, made)) > FLOORS[precision]
         assert snr_db(ours(form, made), theirs(form, made)) > 60
