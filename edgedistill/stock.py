@@ -19,6 +19,8 @@ Objections = Mapping[str, tuple[str, ...]]  # by loader; empty where it takes th
 
 LOADERS = ("diffusers", "ort", "openvino", "genai", "swift")
 """diffusers, optimum-onnx, optimum-intel, openvino-genai, Apple's Swift package."""
+WITH_CONTROLNETS = ("diffusers", "swift")
+"""Those that have a pipeline with a ControlNet; Swift's is for Stable Diffusion 1 and 2."""
 SWIFT_SCHEDULER = "SwiftDPMSolverMultistepScheduler"
 SWIFT_SPACINGS = ("linspace", "leading", "karras")
 TOLERANCE = 1e-6  # of each coefficient, relative to it or to 1, whichever is larger
@@ -34,6 +36,7 @@ GENAI_CLASSES = (
 )
 """What openvino-genai has; of three of them no table can be compiled, so their steps are not compared."""
 
+_CONTROLNET = "controlnet"
 _SHAPE = (4, 64, 64)
 _BETAS = {"beta_schedule": ("linear", "scaled_linear")}
 _OFF = (None, False)
@@ -75,7 +78,23 @@ def objections(
     differs = tuple(_differences(wanted, stock))
     genai = tuple(_genai_problems(scheduler, num_steps, stock))
     found = dict.fromkeys(LOADERS, differs)
-    return {**found, "genai": (*genai, *differs), "swift": tuple(_swift_problems(wanted))}
+    found |= {"genai": (*genai, *differs), "swift": tuple(_swift_problems(wanted))}
+    calls = f"it has no pipeline that calls {', '.join(_beside(wanted))} beside the denoiser"
+    lacking = set(LOADERS) - set(loaders_for(wanted))
+    return {name: (calls, *told) if name in lacking else told for name, told in found.items()}
+
+
+def loaders_for(table: SamplerTable) -> tuple[str, ...]:
+    """Return the loaders that have a pipeline for the networks that a table's rows call."""
+    beside = _beside(table)
+    if not beside:
+        return LOADERS
+    return WITH_CONTROLNETS if beside == [_CONTROLNET] else ()
+
+
+def _beside(table: SamplerTable) -> list[str]:
+    """Return the networks that are called before the one that predicts."""
+    return sorted({name for row in table.rows for name in row.call[:-1]})
 
 
 def swift_spacing(table: SamplerTable) -> str | None:

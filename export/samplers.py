@@ -10,7 +10,7 @@ from edgedistill.errors import ConfigError
 from edgedistill.files import read_json
 from edgedistill.manifest import MANIFEST as BUNDLED
 from edgedistill.plans import SWIFT_STEPS, Plan, portable, swift
-from edgedistill.stock import objections, swift_spacing
+from edgedistill.stock import loaders_for, objections, swift_spacing
 from edgedistill.student import MANIFEST, Student
 from edgedistill.table import SamplerTable
 from edgedistill.tables import table_file
@@ -19,7 +19,6 @@ from .formats import OWN, PORTABLE, SWIFT
 
 CHOICE = "choice"
 """The annotation of a table that says why it is the one."""
-_SHARED = ("diffusers", "ort", "openvino", "genai")
 _DISTILLED_FOR = (
     "LCMScheduler",
     "TCDScheduler",
@@ -107,9 +106,10 @@ def _planned(plan: Any, table: SamplerTable, num_steps: int) -> SamplerTable:
 
 
 def _objection(table: SamplerTable) -> str | None:
-    """Return the first thing that a loader has against a table."""
+    """Return the first thing against a table that a loader has which calls such networks."""
     found = objections(table.annotations["scheduler"], _steps(table), table)
-    told = (f"{name} says: {reasons[0]}" for name in _SHARED if (reasons := found[name]))
+    shared = [name for name in loaders_for(table) if name != "swift"]
+    told = (f"{name} says: {reasons[0]}" for name in shared if (reasons := found[name]))
     return next(told, None)
 
 

@@ -65,8 +65,10 @@ def check_layout(root: Path, loaders: Sequence[str] | None = None) -> list[Findi
     folder = Folder(root)
     found = []
     for loader in loaders or there:
-        problems = [item for check in CHECKS[loader] for item in check(folder, loader)]
-        problems += _damaged(folder, loader)
+        problems = list(index_checks.without_controlnets(folder, loader))
+        if not problems:
+            problems = [item for check in CHECKS[loader] for item in check(folder, loader)]
+            problems += _damaged(folder, loader)
         found += [replace(item, loader=loader) for item in problems]
     return found
 

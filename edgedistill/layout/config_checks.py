@@ -13,6 +13,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "unet": ("in_channels", "sample_size", "cross_attention_dim"),
     "text_encoder": _TEXT,
     "text_encoder_2": (*_TEXT, "projection_dim"),
+    "controlnet": ("cross_attention_dim", "block_out_channels", "layers_per_block"),
     "vae_decoder": _VAE,
     "vae_encoder": _VAE,
 }

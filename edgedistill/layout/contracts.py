@@ -3,16 +3,17 @@
 A size that is a word is free, or fixed by the configuration key of that name; equal words are equal
 sizes. Sources: optimum-onnx 0.1.0 and optimum-intel 1.27 (`modeling_diffusion.py`), openvino.genai
 2026.4 (`src/cpp/src/image_generation`), apple/ml-stable-diffusion (`torch2coreml.py`, `Unet.swift`,
-`TextEncoder.swift`, `TextEncoderXL.swift`, `Decoder.swift`, `Encoder.swift`, `SafetyChecker.swift`,
-`MultiModalDiffusionTransformer.swift`).
+`ControlNet.swift`, `TextEncoder.swift`, `TextEncoderXL.swift`, `Decoder.swift`, `Encoder.swift`,
+`SafetyChecker.swift`, `MultiModalDiffusionTransformer.swift`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
+from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec, residual_shapes
 
+CONTROLNET, CONTROLLED = "controlnet", "control-unet"
 _LATENT = ("height", "width")
 _IMAGE = ("image_height", "image_width")
 _F16, _F32, _I64 = "float16", "float32", "int64"
@@ -64,17 +65,23 @@ _OPENVINO = {
         ),
     ),
 }
-_CORE_ML = {
-    "unet": Signature(
-        (
-            _spec("sample", "x", _F16, BATCH, "in_channels", *_LATENT),
-            _spec("timestep", "t", _F16, BATCH),
-            _spec("encoder_hidden_states", "text", _F16, BATCH, "cross_attention_dim", 1, LENGTH),
-            _spec("text_embeds", "pooled", _F16, BATCH, "projection_dim"),
-            _spec("time_ids", "size", _F16, BATCH, 6),
-        ),
-        (_spec("noise_pred", "raw", _F32, BATCH, "out_channels", *_LATENT),),
+_APPLE_UNET = Signature(
+    (
+        _spec("sample", "x", _F16, BATCH, "in_channels", *_LATENT),
+        _spec("timestep", "t", _F16, BATCH),
+        _spec("encoder_hidden_states", "text", _F16, BATCH, "cross_attention_dim", 1, LENGTH),
+        _spec("text_embeds", "pooled", _F16, BATCH, "projection_dim"),
+        _spec("time_ids", "size", _F16, BATCH, 6),
     ),
+    (_spec("noise_pred", "raw", _F32, BATCH, "out_channels", *_LATENT),),
+)
+_PICTURE = _spec("controlnet_cond", "image", _F16, BATCH, "conditioning_channels", *_IMAGE)
+_RESIDUAL = "additional_residual_"
+_CORE_ML = {
+    "unet": _APPLE_UNET,
+    CONTROLLED: _APPLE_UNET,
+    # Swift adds up what several of them give, in place and as Float32.
+    CONTROLNET: Signature((*_APPLE_UNET.inputs, _PICTURE), ()),
     "text_encoder": Signature(
         (_spec("input_ids", "tokens", _F32, 1, LENGTH),),
         (
@@ -134,7 +141,7 @@ class Tolerance:
 
     Fields:
         loader, what, found: What is tolerated, in the words of `mismatches.Mismatch`.
-        tensors: Where; empty: everywhere.
+        tensors: Where, numbers at the ends of names left out; empty: everywhere.
         level: ``warning``, or None for what costs nothing.
     """
 
@@ -148,6 +155,7 @@ class Tolerance:
 _SWIFT_SENDS = (
     *("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids", "z", "x"),
     *("latent_image_embeddings", "token_level_text_embeddings", "pooled_text_embeddings"),
+    *(_PICTURE.name, _RESIDUAL),
 )
 _SWIFT_CONVERTS = (
     *("noise_pred", "denoiser_output", "last_hidden_state", "hidden_embeds"),
@@ -173,7 +181,8 @@ def signature(
     Args:
         format_: ``onnx``, ``openvino`` or ``coreml``.
         network: Name of its folder, such as ``"unet"``.
-        sizes: Configuration keys and other fixed sizes; what is not in there stays free.
+        sizes: Configuration keys and other fixed sizes; what is not in there stays free. The residuals of
+            a ControlNet are those at a list ``sample_size``.
         stacked: Whether the pipeline reads inner states of its text encoders, as Stable Diffusion XL does.
     """
     contract = GRAPHS[format_].get(network)
@@ -186,8 +195,23 @@ def signature(
     if network == "vae_encoder" and sizes.get("_class_name") == "AutoencoderTiny":
         outputs = _DECODER.inputs  # latents themselves, for it has no distribution
     inputs = tuple(item for item in contract.inputs if item.name not in absent)
+    if network == CONTROLLED:
+        inputs += _residuals(sizes, _F16)
+    if network == CONTROLNET:
+        outputs = _residuals(sizes, _F32)
     fixed = {key: value for key, value in sizes.items() if isinstance(value, int) and value > 0}
     return Signature(inputs, outputs).bind(**fixed)
+
+
+def _residuals(sizes: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
+    """Return what a ControlNet gives and its UNet takes, as far as the configuration tells."""
+    kinds = {"block_out_channels": list, "layers_per_block": int, "sample_size": list}
+    if not all(isinstance(sizes.get(key), kind) for key, kind in kinds.items()):
+        return ()
+    return tuple(
+        _spec(f"{_RESIDUAL}{i}", "residual", dtype, BATCH, *shape)
+        for i, shape in enumerate(residual_shapes(sizes))
+    )
 
 
 def _absent(sizes: Mapping[str, Any]) -> set[str]:

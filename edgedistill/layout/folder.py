@@ -11,6 +11,7 @@ from edgedistill.files import read_json
 from edgedistill.table import SamplerTable
 from edgedistill.tables import DEFAULT, Tables, further_names, table_file
 
+from .contracts import CONTROLLED, CONTROLNET
 from .findings import FORMATS
 from .graphs import Graph, read_graph
 
@@ -20,8 +21,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
 PACKAGES = "coreml/packages"
 RESOURCES = "coreml/Resources"
 FILES = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
-APPLE = {"transformer": "mmdit"}
-"""Networks whose packages have another name."""
+APPLE = {"mmdit": "transformer", CONTROLLED: "unet"}
+"""Networks by the names of packages that are other ones."""
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -98,9 +99,22 @@ class Folder:
         return "vae" in self.entries
 
     @property
+    def is_controlled(self) -> bool:
+        """Whether the pipeline has a ControlNet."""
+        return "ControlNet" in self.pipeline
+
+    @property
+    def apples_denoiser(self) -> str:
+        """What Apple's tools call the denoiser."""
+        if "transformer" in self.entries:
+            return "mmdit"
+        return CONTROLLED if self.is_controlled else "unet"
+
+    @property
     def networks(self) -> tuple[str, ...]:
         """Folders of the networks that a text-to-image call needs, and of what else is there of them."""
-        named = tuple(name for name in (*ENCODERS, *DENOISERS) if name in self.entries)
+        control = (CONTROLNET,) if self.is_controlled else ()
+        named = tuple(name for name in (*ENCODERS, *DENOISERS, *control) if name in self.entries)
         if not self.is_latent:
             return named
         edits = "Img2Img" in self.pipeline or "Inpaint" in self.pipeline
@@ -116,10 +130,14 @@ class Folder:
         if format_ != "coreml":
             yield from ((name, f"{name}/{FILES[format_]}") for name in self.networks)
             return
-        in_chunks = not self.has(self.package("unet")) and self.has(self.package("unet_chunk1"))
+        denoiser = self.apples_denoiser
+        whole, chunk = self.package(denoiser), self.package(f"{denoiser}_chunk1")
+        in_chunks = self.has(chunk) and not self.has(whole)
         for network in self.networks:
-            name = APPLE.get(network, network)
-            if name != "unet" or not in_chunks:
+            name = denoiser if network in DENOISERS else network
+            if name == CONTROLNET:
+                yield from ((name, path) for path in self.controlnets)
+            elif name != denoiser or not in_chunks:
                 yield name, self.package(name)
         if self.has(self.package("safety_checker")):
             yield "safety_checker", self.package("safety_checker")
@@ -130,16 +148,22 @@ class Folder:
         name = found[0].name if found else f"Stable_Diffusion_version_NAME_{network}.mlpackage"
         return f"{PACKAGES}/{name}"
 
+    @property
+    def controlnets(self) -> list[str]:
+        """Paths of the ControlNets' packages; where there is none, the one that there should be."""
+        found = sorted((self.root / PACKAGES).glob("ControlNet_*.mlpackage"))
+        names = [path.name for path in found] or ["ControlNet_NAME.mlpackage"]
+        return [f"{PACKAGES}/{name}" for name in names]
+
     def sizes(self, network: str) -> dict[str, Any]:
         """Return the sizes and switches that fix a network's signature, from every configuration."""
-        source = next((name for name, apple in APPLE.items() if apple == network), network)
-        own = dict(self.config(source))
+        own = dict(self.config(APPLE.get(network, network)))
         text = self.config("text_encoder")
         own[LENGTH] = text.get("max_position_embeddings")
         if network in ("vae_decoder", "vae_encoder"):
             latent = own.get("latent_channels")
             own["moments"] = 2 * latent if isinstance(latent, int) else None
-        if network == "unet":
+        if network in ("unet", CONTROLLED):
             own["projection_dim"] = self.config("text_encoder_2").get("projection_dim")
         return own
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 
+from edgedistill.stock import WITH_CONTROLNETS
+
+from .contracts import CONTROLNET
 from .findings import Finding, check
 from .folder import ENCODERS, INDEX, SCHEDULER, Folder
 from .schedulers import DIFFUSERS_CLASSES
@@ -37,6 +40,7 @@ PIPELINES: Mapping[str, tuple[str, ...]] = {
     "swift": (
         *("StableDiffusionPipeline", "LatentConsistencyModelPipeline"),
         *("StableDiffusionXLPipeline", "StableDiffusion3Pipeline"),
+        "StableDiffusionControlNetPipeline",
     ),
 }
 """Classes that a loader maps to its own; openvino.genai's are those of its text-to-image pipeline."""
@@ -62,6 +66,18 @@ def is_stable_diffusion(folder: Folder) -> bool:
 def is_xl(folder: Folder) -> bool:
     """Whether the pipeline is Stable Diffusion XL."""
     return folder.pipeline.startswith("StableDiffusionXL")
+
+
+def without_controlnets(folder: Folder, loader: str) -> Iterator[Finding]:
+    """A loader that has no ControlNets opens no pipeline with one, whatever its files are."""
+    knows = loader in WITH_CONTROLNETS and not (loader == "swift" and is_xl(folder))
+    if folder.is_controlled and not knows:
+        yield Finding(
+            INDEX,
+            "a pipeline without a ControlNet: this loader has no other",
+            repr(folder.pipeline),
+            "run it with diffusers or edgedistill, or export the pipeline without its ControlNet too",
+        )
 
 
 @check("diffusers", "ort", "openvino", "genai", "swift")
@@ -92,8 +108,9 @@ def parts(folder: Folder, _: str) -> Iterator[Finding]:
     """Every part that the pipeline's class needs is named."""
     if not is_stable_diffusion(folder):
         return
-    more = ("text_encoder_2", "tokenizer_2") if is_xl(folder) else ()
-    for name in (*_PARTS, *more):
+    second = ("text_encoder_2", "tokenizer_2") if is_xl(folder) else ()
+    control = (CONTROLNET,) if folder.is_controlled else ()
+    for name in (*_PARTS, *second, *control):
         if name not in folder.entries:
             yield Finding(
                 INDEX,

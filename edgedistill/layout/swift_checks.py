@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .contracts import CONTROLLED, CONTROLNET
 from .findings import Finding, check
 from .folder import MANIFEST, PACKAGES, RESOURCES, Folder
 from .graphs import Graph, Shape
@@ -33,11 +34,13 @@ def package_names(folder: Folder, _: str) -> Iterator[Finding]:
 @check("swift")
 def swift_batch(folder: Folder, _: str) -> Iterator[Finding]:
     """The UNet's batch is what Swift sends: two with guidance, one without, always two for XL."""
-    path = folder.package("unet")
+    path = folder.package(folder.apples_denoiser)
     shape, mode = _sample_shape(folder.graph(path)), folder.guidance
     if not shape:
         return
     batch = shape[0]
+    if folder.is_controlled:
+        return
     if batch not in (1, 2):
         yield Finding(
             path, "batch 1 or 2", f"batch {batch}", "export with batch 2, or 1 with guidance baked"
@@ -66,6 +69,39 @@ def swift_batch(folder: Folder, _: str) -> Iterator[Finding]:
         )
 
 
+@check("swift")
+def control_batch(folder: Folder, _: str) -> Iterator[Finding]:
+    """Swift sends a ControlNet two time steps and its picture twice, whatever the guidance."""
+    for network, path in folder.graphs("coreml"):
+        shape = _sample_shape(folder.graph(path)) if network in (CONTROLNET, CONTROLLED) else None
+        if shape and shape[0] != 2:
+            yield Finding(
+                path,
+                "batch 2, for Swift sends a ControlNet two time steps",
+                f"batch {shape[0]}",
+                "export with batch 2, and call with a guidance scale of 1 or more",
+            )
+
+
+@check("swift")
+def residuals(folder: Folder, _: str) -> Iterator[Finding]:
+    """The UNet is fed what the ControlNets give, by name."""
+    unet = folder.graph(folder.package(CONTROLLED))
+    for path in folder.controlnets:
+        side = folder.graph(path)
+        if unet is None or side is None:
+            continue
+        taken = {item.name: item.shape for item in unet.inputs}
+        for item in side.outputs:
+            if taken.get(item.name) != item.shape:
+                yield Finding(
+                    path,
+                    f"`{item.name}` of {taken.get(item.name)}, as {CONTROLLED} takes it",
+                    str(item.shape),
+                    "take a ControlNet that is for this UNet",
+                )
+
+
 def _inputs(graph: Graph | None) -> list[str]:
     return [item.name for item in graph.inputs] if graph else []
 
@@ -73,14 +109,18 @@ def _inputs(graph: Graph | None) -> list[str]:
 @check("swift")
 def chunks(folder: Folder, _: str) -> Iterator[Finding]:
     """The second chunk is fed the UNet's inputs and what the first gives; it alone gives the prediction."""
-    paths = [folder.package(f"unet_chunk{number}") for number in (1, 2)]
+    denoiser = folder.apples_denoiser
+    paths = [folder.package(f"{denoiser}_chunk{number}") for number in (1, 2)]
     first, second = (folder.graph(path) for path in paths)
     if first is None or second is None:
         if first or second:
             missing = paths[0] if first is None else paths[1]
             yield Finding(missing, "both chunks of the UNet", "no such package", "export both")
         return
-    known = {*_inputs(first), *_inputs(folder.graph(folder.package("unet")))}
+    known = {*_inputs(first), *_inputs(folder.graph(folder.package(denoiser)))}
+    if folder.is_controlled:
+        sides = filter(None, map(folder.graph, folder.controlnets))
+        known |= {item.name for side in sides for item in side.outputs}
     known |= {"sample", "timestep", "encoder_hidden_states", *(item.name for item in first.outputs)}
     for name in _inputs(second):
         if name not in known:
@@ -100,9 +140,10 @@ def chunks(folder: Folder, _: str) -> Iterator[Finding]:
 @check("swift")
 def chunks_compressed(folder: Folder, _: str) -> Iterator[Finding]:
     """Chunks win over the whole UNet, so weights packed in the one are packed in the others."""
-    whole = folder.graph(folder.package("unet"))
+    denoiser = folder.apples_denoiser
+    whole = folder.graph(folder.package(denoiser))
     for number in (1, 2):
-        path = folder.package(f"unet_chunk{number}")
+        path = folder.package(f"{denoiser}_chunk{number}")
         chunk = folder.graph(path)
         if whole and chunk and whole.compression != chunk.compression:
             yield Finding(
@@ -120,7 +161,12 @@ def _packing(graph: Graph) -> str:
 @check("swift")
 def one_unet(folder: Folder, _: str) -> Iterator[Finding]:
     """Where both are there, Swift takes the chunks and never the whole."""
-    places = ((RESOURCES, "Unet{}.mlmodelc", "Chunk"), (PACKAGES, "*_unet{}.mlpackage", "_chunk"))
+    places = (
+        (RESOURCES, "Unet{}.mlmodelc", "Chunk"),
+        (RESOURCES, "ControlledUnet{}.mlmodelc", "Chunk"),
+        (PACKAGES, "*_unet{}.mlpackage", "_chunk"),
+        (PACKAGES, f"*_{CONTROLLED}{{}}.mlpackage", "_chunk"),
+    )
     for place, pattern, chunk in places:
         whole = sorted((folder.root / place).glob(pattern.format("")))
         parts = sorted((folder.root / place).glob(pattern.format(f"{chunk}[12]")))
@@ -137,10 +183,10 @@ def one_unet(folder: Folder, _: str) -> Iterator[Finding]:
 @check("swift")
 def compiled_models(folder: Folder, _: str) -> Iterator[Finding]:
     """A compiled model tells its inputs in `metadata.json`, which Apple's Python reads."""
-    for path in sorted((folder.root / RESOURCES).glob("*.mlmodelc")):
+    for path in sorted((folder.root / RESOURCES).rglob("*.mlmodelc")):
         if not (path / "metadata.json").is_file():
             yield Finding(
-                f"{RESOURCES}/{path.name}/metadata.json",
+                f"{path.relative_to(folder.root).as_posix()}/metadata.json",
                 "the compiler's description",
                 "no such file",
                 "compile the package anew on a Mac",
