@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from edgedistill.bundle import Bundle
-from edgedistill.contract import Signature, TensorSpec
+from edgedistill.contract import Signature, TensorSpec, residual_shapes
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.files import read_json
 from edgedistill.models.store import class_name
@@ -96,14 +96,11 @@ def resized(student: Student, height: int | None, width: int | None) -> Student:
         height, width: Of the image; None: as it is.
 
     Raises:
-        ConfigError: If it works on pixels or has a ControlNet, or its latents cannot make this size.
+        ConfigError: If it works on pixels, or its latents cannot make this size.
     """
     decoder = student.signatures.get(_DECODER)
     if decoder is None:
         msg = f"{student.root}: only what works on latents is exported at another size, and it has no {_DECODER}."
-        raise ConfigError(msg)
-    if any(spec.kind == "residual" for each in student.signatures.values() for spec in each.inputs):
-        msg = f"{student.root}: a ControlNet is exported at the size that its pipeline was made for; leave height and width out."
         raise ConfigError(msg)
     latents, images = decoder.inputs[0].shape[2:], decoder.outputs[0].shape[2:]
     factor = int(images[0]) // int(latents[0])
@@ -112,9 +109,11 @@ def resized(student: Student, height: int | None, width: int | None) -> Student:
         msg = f"Height and width must be multiples of {2 * factor}, got {size[0]} and {size[1]}."
         raise ConfigError(msg)
     small = (size[0] // factor, size[1] // factor)
+    held = {"image": size, **dict.fromkeys(("x", "raw", "latent"), small)}
+    residuals = _residual_sizes(student, small)
 
     def spec_of(spec: TensorSpec) -> TensorSpec:
-        sides = {"image": size, **dict.fromkeys(("x", "raw", "latent"), small)}.get(spec.kind)
+        sides = held.get(spec.kind) or residuals.get(spec.name)
         return spec if sides is None else dataclasses.replace(spec, shape=(*spec.shape[:2], *sides))
 
     tables = {name: _resized_table(table, small, size) for name, table in student.samplers.items()}
@@ -130,6 +129,16 @@ def resized(student: Student, height: int | None, width: int | None) -> Student:
         signatures=signatures,
         folders={**{name: name for name in signatures}, **student.folders},
     )
+
+
+def _residual_sizes(student: Student, latents: tuple[int, int]) -> dict[str, tuple[int, int]]:
+    """Return height and width of what a ControlNet gives to the denoiser, by name."""
+    if CONTROLNET not in student.signatures:
+        return {}
+    config = read_json(student.folder(CONTROLNET) / "config.json")
+    shapes = residual_shapes({**config, "sample_size": latents})
+    specs = student.signatures[CONTROLNET].outputs
+    return {spec.name: shape[1:] for spec, shape in zip(specs, shapes, strict=True)}
 
 
 def _resized_table(
