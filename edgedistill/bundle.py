@@ -26,6 +26,7 @@ from edgedistill.tables import (
     further_names,
     golden_file,
     load_further,
+    networks_of,
     save_tables,
     table_file,
     tokenizers_of,
@@ -195,6 +196,11 @@ class Bundle:
             msg = f"{self.root}: no {wanted}; the bundle holds: {held or 'nothing'}."
             raise BundleError(msg)
         return fitting[0]
+
+    def lacking(self, artifact: Artifact) -> tuple[str, ...]:
+        """Return the networks of the samplers that an artifact has no graph of."""
+        needed = networks_of(self.samplers) if artifact.sampler is None else ()
+        return tuple(name for name in needed if name not in artifact.networks)
 
     @property
     def single_root(self) -> bool:

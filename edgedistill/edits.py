@@ -167,7 +167,7 @@ def _timed(table: SamplerTable, what: str) -> tuple[Stage, Schedule, list[int]]:
         msg = f"{what} is for samplers of one stage; this cascade has {len(table.stages)}."
         raise ConfigError(msg)
     if table.space.get("kind") == "latent" and table.encoder is None:
-        msg = f"{what} needs the latent of an image, and this model's autoencoder came without its encoder."
+        msg = f"{what} needs the latent of an image, and this model's autoencoder came without its encoder; export the encoder too."
         raise ConfigError(msg)
     (stage,) = table.stages
     config = table.annotations.get("scheduler")

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from edgedistill.bundle import Artifact, Bundle, NetworkFile
 from edgedistill.conditions import Tokenize, entries, network_conditions
 from edgedistill.contract import Feeds, Signature
 from edgedistill.edits import baked, edited, guided
-from edgedistill.errors import ContractError, MissingDependencyError
+from edgedistill.errors import BundleError, ContractError, MissingDependencyError
 from edgedistill.generator import run_generator
 from edgedistill.network import Session
 from edgedistill.noise import Bank, bank_shapes, noise_bank
@@ -96,6 +96,8 @@ class Pipeline:
         low_memory: bool = False,
         vae_tiling: Tiling | None = None,
     ) -> None:
+        if reason := why_not(bundle, artifact):
+            raise BundleError(reason)
         self.bundle = bundle
         self.progress = progress
         self.artifact = artifact
@@ -243,7 +245,7 @@ def load(
 
     Raises:
         ConfigError: If the runtime is unknown, or its decoder takes no tiles.
-        BundleError: If the bundle does not hold, or has no such artifact.
+        BundleError: If the bundle does not hold, or has no such artifact, or one that lacks networks.
         MissingDependencyError: If the runtime's package is not installed.
     """
     if runtime is not None:
@@ -262,7 +264,8 @@ def load(
 
 def _load_first(bundle: Bundle, options: Mapping[str, Any], **ways: Any) -> Pipeline:
     """Open the first artifact whose runtime is installed; where none is, say what the first one lacks."""
-    ordered = sorted(bundle.artifacts.values(), key=lambda item: item.runtime == "torch")
+    whole = [item for item in bundle.artifacts.values() if why_not(bundle, item) is None]
+    ordered = sorted(whole, key=lambda item: item.runtime == "torch")
     missing: list[MissingDependencyError] = []
     for item in ordered:
         try:
@@ -272,6 +275,18 @@ def _load_first(bundle: Bundle, options: Mapping[str, Any], **ways: Any) -> Pipe
     if missing:
         raise missing[0]
     return Pipeline(bundle, bundle.artifact(), options, **ways)
+
+
+def why_not(bundle: Bundle, artifact: Artifact) -> str | None:
+    """Say what an artifact lacks to make samples, and how it is added; None: nothing."""
+    optional = encoders_of(bundle.samplers)
+    lacking = [name for name in bundle.lacking(artifact) if name not in optional]
+    if not lacking:
+        return None
+    export = (
+        f"edgedistill export {artifact.format} -m MODEL {bundle.root} --dtype {artifact.precision}"
+    )
+    return f"{bundle.root}: {artifact.name} has no graph of {', '.join(lacking)}; add what lacks with `{export} --networks {' '.join(lacking)}`, or run another artifact."
 
 
 @contextlib.contextmanager
@@ -296,11 +311,14 @@ def _bar(
 
 
 def _samplers(bundle: Bundle, artifact: Artifact) -> Tables:
-    """Return a bundle's tables as an artifact runs them, in whose graphs a guidance scale may lie."""
-    scale = artifact.guidance_scale
-    if scale is None:
-        return bundle.samplers
-    return {name: baked(table, scale) for name, table in bundle.samplers.items()}
+    """Return a bundle's tables as an artifact runs them: a guidance scale may lie in its graphs, and the encoder of images lack."""
+    made = dict(bundle.samplers)
+    for name, table in made.items():
+        if artifact.guidance_scale is not None:
+            made[name] = baked(table, artifact.guidance_scale)
+        if table.encoder in bundle.lacking(artifact):
+            made[name] = replace(made[name], encoder=None)
+    return made
 
 
 def _by_name(table: SamplerTable, given: Mapping[str, Any]) -> dict[str, Any]:

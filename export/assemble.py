@@ -22,10 +22,8 @@ from edgedistill.bundle import (
     start_from,
     write_bundle,
 )
-from edgedistill.contract import BATCH, LENGTH, Signature, TensorSpec
-from edgedistill.errors import ContractError
-from edgedistill.files import sha256
-from edgedistill.models import store
+from edgedistill.contract import BATCH, Signature
+from edgedistill.errors import BundleError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.probes import (
     GOLDEN_SAMPLES,
@@ -46,6 +44,15 @@ from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
 from .loader_files import check_jobs, make_stock, write_loader_files
+from .networks import (
+    Networks,
+    chosen_networks,
+    digest,
+    open_networks,
+    signatures_of,
+    sizes,
+    weight_bytes,
+)
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects
 from .worker import ALONE_ABOVE, called, in_child, works_alone
@@ -54,7 +61,6 @@ CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
 # Of large students, whose every call takes seconds in PyTorch; 12 rows calibrate a UNet of 860 million to 30 dB.
 FEW_GOLDEN, FEW_SEEDS = 2, range(1000, 1003)
 
-Networks = Mapping[str, nn.Module]
 Progress = Callable[[str, int, int], None]  # what is written next, how many are done, of how many
 
 
@@ -92,11 +98,17 @@ def export_student(
     wanted = {job.name: job for job in jobs(formats, options)}
     if options.layout == SINGLE_ROOT:
         check_jobs(student, wanted.values())
+    names = chosen_networks(student, options)
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
-    kept = [name for name, held in base.artifacts.items() if _still_wanted(held, wanted.get(name))]
-    missing = [job for name, job in wanted.items() if name not in kept]
+    kept = {
+        name: held
+        for name, held in base.artifacts.items()
+        if _still_wanted(held, wanted.get(name), names, target)
+    }
+    missing = [(job, _lacking(kept.get(job.name), names)) for job in wanted.values()]
+    missing = [(job, lacking) for job, lacking in missing if lacking]
     if options.layout == SINGLE_ROOT:
-        check_target(target, kept, missing, base)
+        check_target(target, [*kept], [job for job, _ in missing], base)
     if base.artifacts and not missing:
         return base
     fill = functools.partial(_fill, student, options, missing, progress or _silent)
@@ -116,29 +128,50 @@ def _without_artifacts(student: Student) -> Bundle:
     )
 
 
-def _still_wanted(held: Artifact, job: Job | None) -> bool:
-    return job is None or held.made_with.get("options") == job.settings
+def _still_wanted(held: Artifact, job: Job | None, names: Collection[str], target: Path) -> bool:
+    """Whether what is there of an artifact stays; what was written with other options goes, if all of it is written anew."""
+    if job is None or held.made_with.get("options") == job.settings:
+        return True
+    if job.sampler is None and not set(held.networks) <= set(names):
+        msg = f"{target}: holds {held.name} with other options ({_apart(held, job)}); give the same, or leave --networks out to write all of it anew."
+        raise BundleError(msg)
+    return False
+
+
+def _apart(held: Artifact, job: Job) -> str:
+    """Say in what the options of an artifact differ from those asked for."""
+    options = held.made_with.get("options", {})
+    pairs = ((name, options.get(name), value) for name, value in job.settings.items())
+    return ", ".join(f"{name} {old}, not {new}" for name, old, new in pairs if old != new)
+
+
+def _lacking(held: Artifact | None, names: Collection[str]) -> list[str]:
+    """Return which networks are to be written of an artifact; of a sampler as one graph all or none."""
+    if held is not None and held.sampler is not None:
+        return []
+    return [name for name in names if held is None or name not in held.networks]
 
 
 def _fill(
     student: Student,
     options: ExportOptions,
-    missing: Sequence[Job],
+    missing: Sequence[tuple[Job, Collection[str]]],
     progress: Progress,
     draft: Draft,
 ) -> None:
     for name, table in student.samplers.items():
         check(table, str(student.root / table_file(name)))
-    # Networks that are all written in processes of their own are never read in this one.
+    # What is written in processes of their own, or not at all, is never read in this one.
     apart = {name for name, size in sizes(student).items() if works_alone(options.isolate, size)}
-    sketched = apart if all(job.sampler is None for job in missing) else set()
-    networks = _open_networks(student, sketched)
+    unused = set(student.signatures).difference(*(names for _, names in missing))
+    one_graph = any(job.sampler is not None for job, _ in missing)
+    networks = open_networks(student, set() if one_graph else apart | unused)
     steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
         refer = functools.partial(_add_reference, draft, student, options.layout, alone=bool(apart))
         steps.append((REFERENCE, refer))
     add = functools.partial(_add, draft, student, networks, options.isolate)
-    steps += [(job.name, functools.partial(add, job)) for job in missing]
+    steps += [(job.name, functools.partial(add, job, names)) for job, names in missing]
     for done, (name, write) in enumerate(steps):
         progress(name, done, len(steps))
         write()
@@ -146,71 +179,6 @@ def _fill(
         held = {artifact.format for artifact in draft.artifacts.values()}
         write_loader_files(student, draft.root, held)
     progress("", len(steps), len(steps))
-
-
-def sizes(student: Student) -> dict[str, int]:
-    """Return the bytes of float32 weights of each network that the tables call, from their configurations."""
-    names = [name for name in networks_of(student.samplers) if name in student.signatures]
-    return {
-        name: _size(store.facing(store.sketch(student.folder(name)), student.signatures[name]))
-        for name in names
-    }
-
-
-def _size(network: nn.Module) -> int:
-    return sum(value.nbytes for value in network.state_dict().values())
-
-
-def _open_networks(student: Student, sketched: Collection[str] = ()) -> Networks:
-    """Load what a table calls, each folder once, and hold it to the student's manifest.
-
-    Args:
-        student: Whose networks they are.
-        sketched: Names of those of which no weight is read.
-
-    Raises:
-        ContractError: If a network is not in the manifest, or takes or gives something else.
-    """
-    networks: dict[str, nn.Module] = {}
-    loaded: dict[tuple[Path, bool], nn.Module] = {}
-    for name in networks_of(student.samplers):
-        if name not in student.signatures:
-            msg = f"{student.root}: the table calls network {name!r}, but the student holds only: {', '.join(student.signatures)}."
-            raise ContractError(msg)
-        folder = student.folder(name)
-        key = folder, name in sketched
-        if key not in loaded:
-            loaded[key] = (store.sketch if name in sketched else store.load)(folder)
-        networks[name] = store.facing(loaded[key], student.signatures[name])
-        shared = name in student.folders
-        if not _fits(student.signatures[name], store.signature(networks[name]), shared=shared):
-            msg = f"{folder}: its inputs and outputs are not those of the student's manifest; distil it anew."
-            raise ContractError(msg)
-    student.verify()  # last: what is wrong with a network says more than that it changed
-    return networks
-
-
-def _fits(stated: Signature, found: Signature, *, shared: bool) -> bool:
-    """Whether a network is the stated one; one that shares its folder may be stated for other sizes."""
-
-    def plain(spec: TensorSpec) -> tuple[object, ...]:
-        return spec.name, spec.dtype, spec.kind, len(spec.shape) if shared else spec.shape
-
-    sides = [(stated.inputs, found.inputs), (stated.outputs, found.outputs)]
-    return all([*map(plain, a)] == [*map(plain, b)] for a, b in sides)
-
-
-def _signatures(student: Student, batch: int | str) -> dict[str, Signature]:
-    """Return what each network takes in a bundle: a fixed number of tokens, and this batch."""
-    texts = [table.condition("text") for table in student.samplers.values()]
-    lengths = [text.length for text in texts if text is not None and text.length is not None]
-    sizes = {LENGTH: lengths[0]} if lengths else {}
-    names = networks_of(student.samplers)
-    return {name: student.signatures[name].with_batch(batch).bind(**sizes) for name in names}
-
-
-def _digest(folder: Path) -> str:
-    return " ".join(f"{path.name} {sha256(path)}" for path in weights_in(folder))
 
 
 def _add_reference(draft: Draft, student: Student, layout: str, *, alone: bool) -> None:
@@ -221,9 +189,9 @@ def _write_reference(root: Path, student: Student, layout: str) -> Artifact:
     """Copy the networks as they are, those of equal bytes once, and record the probes with them."""
     files, reference = {}, {}
     written: dict[str, str] = {}
-    for name, signature in _signatures(student, BATCH).items():
+    for name, signature in signatures_of(student, BATCH).items():
         folder = student.folder(name)
-        path = written.setdefault(_digest(folder), place(layout, "torch", "float32", name))
+        path = written.setdefault(digest(folder), place(layout, "torch", "float32", name))
         if not (root / path).exists():
             (root / path).mkdir(parents=True)
             for part, named in plain_names(weights_in(folder)).items():
@@ -266,28 +234,38 @@ def _is_large(student: Student) -> bool:
 
 
 def _graphs(
-    student: Student, networks: Networks, job: Job
+    student: Student, networks: Networks, job: Job, names: Collection[str]
 ) -> Mapping[str, tuple[nn.Module, Signature]]:
-    """Return what becomes a graph each, by name."""
-    signatures = _signatures(student, job.settings.get("batch") or BATCH)
+    """Return what becomes a graph each, by name: the networks called so, or a whole sampler."""
+    signatures = signatures_of(student, job.settings.get("batch") or BATCH)
     if job.sampler is not None:
         return unrolled(student, networks, signatures, job)
+    signatures = {name: signatures[name] for name in names}
     if job.layout == SINGLE_ROOT:
         return in_dialects(student, networks, signatures, job)
     return {name: (networks[name], signature) for name, signature in signatures.items()}
 
 
-def _add(draft: Draft, student: Student, networks: Networks, isolate: str, job: Job) -> None:
-    form = FORMATS[job.format]
-    files, reports = {}, []
-    written: dict[tuple[str, Signature], str] = {}
-    for name, (network, signature) in _graphs(student, networks, job).items():
+def _add(
+    draft: Draft,
+    student: Student,
+    networks: Networks,
+    isolate: str,
+    job: Job,
+    names: Collection[str],
+) -> None:
+    """Write an artifact, or those of its networks that it lacks; what is the same is one file."""
+    form, held = FORMATS[job.format], draft.artifacts.get(job.name)
+    files = dict(held.networks) if held else {}
+    reports = [dict(held.made_with)] if held else []
+    written = {(digest(student.folder(name)), f.signature): f.path for name, f in files.items()}
+    for name, (network, signature) in _graphs(student, networks, job, names).items():
         own = job.path(name, controlled=signature.input("residual") is not None)
-        weights = _digest(student.folder(name)) if name in student.signatures else name
+        weights = digest(student.folder(name)) if name in student.signatures else name
         path = written.setdefault((weights, signature), own)
         if path == own:
             place_of = draft.root / path
-            if works_alone(isolate, _size(network)):
+            if works_alone(isolate, weight_bytes(network)):
                 report, used = in_child(_write_alone, student, job, name, place_of)
                 reports.append({**report, **asdict(used)})
             else:
@@ -345,7 +323,7 @@ def _write(
 def _write_alone(student: Student, job: Job, name: str, path: Path) -> dict[str, Any]:
     """Open the networks anew, only that one where it can be, and write one of them."""
     others = set(networks_of(student.samplers)) - {name} if job.sampler is None else set()
-    graph = _graphs(student, _open_networks(student, others), job)[name]
+    graph = _graphs(student, open_networks(student, others), job, [name])[name]
     return _write(*graph, job, path, consume=True)
 
 

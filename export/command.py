@@ -42,6 +42,7 @@ examples:
   edgedistill export coreml -m stable-diffusion-v1-5 OUT --num-inference-steps 2 --scheduler swift
   edgedistill export all -m student -o bundle
   edgedistill export onnx -m pipeline folder --lora style.safetensors:0.7 --vae small-vae
+  edgedistill export openvino -m pipeline folder --networks vae_decoder
 
 Exit status: 0 fine, 1 a written file strays from PyTorch, 2 bad input.
 """
@@ -142,6 +143,13 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         help="single-root: files where loaders of pipelines look; bundle: by format (default: a single root "
         "where loaders know the networks)",
     )
+    parser.add_argument(
+        "--networks",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="those to write, such as unet or vae_decoder; others may join later (default: all)",
+    )
     graph = parser.add_argument_group("one graph")
     graph.add_argument(
         "--single-graph",
@@ -215,6 +223,7 @@ def _run(options: argparse.Namespace) -> int:
         text_inside=not options.text_embeddings,
         free_sizes=options.dynamic,
         isolate=options.isolate,
+        networks=tuple(options.networks),
     )
     planned = jobs([options.format], settings)
     warn_known_bad(options.extra.split(","))
@@ -226,9 +235,11 @@ def _run(options: argparse.Namespace) -> int:
         tempfile.TemporaryDirectory() as place,
     ):
         student = _source(options, Path(place))
-        from .assemble import export_student, sizes
+        from .assemble import export_student
+        from .networks import chosen_networks, sizes
 
-        held_by = sizes(student)
+        names = chosen_networks(student, settings)
+        held_by = {name: size for name, size in sizes(student).items() if name in names}
         _foretell(held_by, planned, target, options.max_memory)
         if options.max_memory is not None:
             forms = {job.format for job in planned}
@@ -356,6 +367,11 @@ def _tell(bundle: "Bundle", *, as_json: bool) -> None:
         for name, item in samplers.items()
         if item["why"]
     ]
+    told += [
+        f"{item['name']} has no graph of {', '.join(item['lacking'])}; --networks adds them."
+        for item in artifacts
+        if item["lacking"]
+    ]
     print(aligned(_HEADERS, rows), _LEGEND, *told, f"Written: {bundle.root}", sep="\n")
 
 
@@ -377,6 +393,7 @@ def _describe(bundle: "Bundle", artifact: "Artifact") -> dict[str, Any]:
         "format": artifact.format,
         "precision": artifact.precision,
         "paths": [network.path for network in artifact.networks.values()],
+        "lacking": bundle.lacking(artifact),
         "bytes": bundle.size(artifact),
         "snr_db": artifact.made_with.get("snr_db"),
     }

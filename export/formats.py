@@ -41,6 +41,7 @@ class ExportOptions:
         layout: One of `export.layouts.LAYOUTS`; a single root holds one precision of each format.
         free_sizes: Leave height and width free in a single root, Core ML apart.
         isolate: Whether a network is written in a process of its own: one of `export.worker.ISOLATE`.
+        networks: Names of those that become graphs; none: all.
     """
 
     dtype: str | None = None
@@ -54,6 +55,7 @@ class ExportOptions:
     layout: str = BUNDLE
     free_sizes: bool = False
     isolate: str = AUTO
+    networks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
@@ -67,6 +69,9 @@ class ExportOptions:
             raise ConfigError(msg)
         if self.opset is not None and self.opset not in OPSETS:
             msg = f"`opset` must lie from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}."
+            raise ConfigError(msg)
+        if self.networks and self.single_graph is not None:
+            msg = "A single graph is of all networks: leave `networks` out."
             raise ConfigError(msg)
         if self.layout not in LAYOUTS:
             msg = f"`layout` must be one of {', '.join(LAYOUTS)}, got {self.layout!r}."

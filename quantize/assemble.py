@@ -251,13 +251,13 @@ def _held_out_calls(bundle: Bundle, source: Artifact) -> dict[str, list[Call]]:
     One sample will do, but for several students, who answer for samples of their own.
     """
     calls: dict[str, list[Call]] = {}
-    networks = Pipeline(bundle, source).networks
-    for sampler, table in bundle.samplers.items():
+    pipeline = Pipeline(bundle, source)
+    for sampler, table in pipeline.samplers.items():
         golden = Golden.load(bundle.root / golden_file(sampler), table)
         count = 1 if table.router is None else None
         noise = [array[:count] for array in golden.noise]
         conditions = {name: value[:count] for name, value in golden.conditions.items()}
-        for name, made in record_calls(table, networks, noise, conditions).items():
+        for name, made in record_calls(table, pipeline.networks, noise, conditions).items():
             calls.setdefault(name, []).extend(made)
     return calls
 

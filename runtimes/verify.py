@@ -14,7 +14,7 @@ from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
 from edgedistill.generator import GENERATOR, run_generator
 from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
-from edgedistill.pipeline import Pipeline
+from edgedistill.pipeline import Pipeline, why_not
 from edgedistill.plugins import ALIASES, RUNTIMES, find
 from edgedistill.probes import CALLS, Golden
 from edgedistill.sampler import Network, RowTrace, run_table
@@ -111,6 +111,9 @@ def _verify_or_skip(
     entry = ArtifactParity(
         artifact.name, artifact.runtime, artifact.format, artifact.precision, bundle.size(artifact)
     )
+    if reason := why_not(bundle, artifact):
+        yield replace(entry, skipped=reason)
+        return
     try:
         start = time.perf_counter()
         pipeline = Pipeline(bundle, artifact, options)
