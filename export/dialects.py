@@ -33,6 +33,8 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
 _APPLE_ENCODER_INPUT = "x"
 _PICTURE = "controlnet_cond"
 """diffusers' and Apple's name of the picture that a ControlNet follows."""
+_SURE = -30.0
+"""The least log-variance that diffusers and Apple's package know."""
 UNET_KINDS = {"x", "t", "text", "pooled", "size", "w", "residual"}
 """What loaders feed a denoiser."""
 
@@ -78,8 +80,11 @@ class Dialect:
                 made = self._text(network, signature)
                 return made, _SpokenText(network, [spec.graph_name for spec in made.outputs])
             case VaeEncoder():
-                made = self._fitted(_with_moments(network, signature))
-                return made, _SpokenHalf(network)
+                draws = (
+                    _has_moments(network) or self.format == "coreml"
+                )  # whose loader always draws
+                made = _with_moments(signature) if draws else signature
+                return self._fitted(made), _SpokenHalf(network, draws=draws)
             case VaeDecoder():
                 return self._fitted(signature), _SpokenHalf(network)
             case ControlNet():
@@ -274,18 +279,28 @@ class _SpokenText(nn.Module):
 
 
 class _SpokenHalf(nn.Module):
-    """Half of an autoencoder whose one input has any name; an encoder gives its moments where it has them."""
+    """Half of an autoencoder whose one input has any name.
 
-    def __init__(self, network: VaeEncoder | VaeDecoder) -> None:
+    Args:
+        network: The half.
+        draws: Whether an encoder gives mean and log-variance, of which its loader draws. One that gives latents
+            alone gives them as the mean of what hardly varies.
+    """
+
+    def __init__(self, network: VaeEncoder | VaeDecoder, *, draws: bool = False) -> None:
         super().__init__()
         self.network = network
+        self.draws = draws
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Encode or decode."""
         (value,) = inputs.values()
-        if isinstance(self.network, VaeEncoder):
-            return self.network.encode(value)
-        return self.network(value)
+        if not isinstance(self.network, VaeEncoder):
+            return self.network(value)
+        made = self.network.encode(value)
+        if self.draws and not _has_moments(self.network):
+            return torch.cat([made, torch.full_like(made, _SURE)], dim=1)
+        return made
 
 
 def _called(spec: TensorSpec, name: str) -> TensorSpec:
@@ -296,10 +311,8 @@ def _has_moments(network: VaeEncoder) -> bool:
     return bool(network.config["autoencoder"] == "AutoencoderKL")
 
 
-def _with_moments(network: VaeEncoder, signature: Signature) -> Signature:
-    """Return the signature of an encoder that gives mean and log-variance, where it has both."""
-    if not _has_moments(network):
-        return signature
+def _with_moments(signature: Signature) -> Signature:
+    """Return the signature of an encoder that gives mean and log-variance."""
     (latent,) = signature.outputs
     shape = (latent.shape[0], 2 * int(latent.shape[1]), *latent.shape[2:])
     moments = dataclasses.replace(latent, shape=shape, kind="moments")

@@ -212,21 +212,14 @@ def check_jobs(student: Student, wanted: Collection[Job]) -> None:
         wanted: What will be written to a single root.
 
     Raises:
-        ContractError: If Apple's package has no such pipeline, or an encoder of images gives no distribution,
-            which it draws from; or if sizes shall be free beside a ControlNet, whose own are not.
+        ContractError: If Apple's package has no such pipeline; or if sizes shall be free beside a ControlNet,
+            whose own are not.
     """
     controlled = CONTROLNET in student.signatures
     if controlled and any(job.settings.get("free_sizes") for job in wanted):
         msg = f"{student.root}: a ControlNet is exported at one size; leave --dynamic out, or give height and width."
         raise ContractError(msg)
-    if not any(job.format == "coreml" for job in wanted):
-        return
-    if controlled and "text_encoder_2" in student.signatures:
+    apples = any(job.format == "coreml" for job in wanted)
+    if apples and controlled and "text_encoder_2" in student.signatures:
         msg = f"{student.root}: Apple's package has no ControlNets for Stable Diffusion XL; export with --layout bundle."
-        raise ContractError(msg)
-    if "vae_encoder" not in student.signatures:
-        return
-    config = read_json(student.folder("vae_encoder") / "config.json")
-    if config.get("_class_name") != "AutoencoderKL":
-        msg = f"{student.root}: Apple's package draws latents from mean and variance, and a {config.get('_class_name')} gives neither; export with --layout bundle."
         raise ContractError(msg)

@@ -192,7 +192,8 @@ def signature(
     outputs = contract.outputs
     if stacked and network.startswith("text_encoder"):
         outputs = _stacked(format_, outputs, sizes.get("num_hidden_layers"))
-    if network == "vae_encoder" and sizes.get("_class_name") == "AutoencoderTiny":
+    tiny = network == "vae_encoder" and sizes.get("_class_name") == "AutoencoderTiny"
+    if tiny and format_ != "coreml":
         outputs = _DECODER.inputs  # latents themselves, for it has no distribution
     inputs = tuple(item for item in contract.inputs if item.name not in absent)
     if network == CONTROLLED:

@@ -13,6 +13,7 @@ from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
 from edgedistill.layout.checking import check_layout
 from edgedistill.models.source import open_source
+from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
 from edgedistill.tiling import Tiling
@@ -153,3 +154,47 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
             assert same == (name != "vae_decoder")
         assert snr_db(ours(form, root), ours(form, made)) > FLOORS[precision]
         assert snr_db(ours(form, made), theirs(form, made)) > 60
+
+
+@pytest.mark.slow
+def test_a_small_autoencoder_decodes_as_in_diffusers(tiny_pipelines, tmp_path, monkeypatch) -> None:
+    """AutoencoderTiny, the class of TAESD, in the place of the pipeline's own, in every format of a single root."""
+    from diffusers import AutoencoderTiny, DiffusionPipeline
+
+    monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
+    (tmp_path / "place").mkdir()
+    student = open_variant(
+        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=2
+    )
+    assert student.table.space["scale"] == 1.0
+    options = ExportOptions(layout="single-root")
+    made = export_student(student, tmp_path / "root", [*FORMATS, "coreml"], options)
+    found = check_layout(made.root, ["ort", "openvino", "genai", "swift"])
+    assert [item for item in found if item.level == "error"] == []
+    small = AutoencoderTiny.from_pretrained(tmp_path / "small").eval()
+    stock = DiffusionPipeline.from_pretrained(tiny_pipelines / "sd", vae=small)
+    stock.scheduler = type(stock.scheduler).from_pretrained(made.root / "scheduler")
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(noise_bank(made.table, [5])[0])
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    wanted = stock(PROMPT, latents=noise, **settings).images
+    for form in FORMATS:
+        np.testing.assert_allclose(ours(form, made), wanted, atol=1e-4)
+    half = load(made, "coreml")(prompt=PROMPT, seed=5).array.transpose(0, 2, 3, 1) / 2 + 0.5
+    assert snr_db(wanted, half.clip(0, 1)) > 45
+    # Apple's package draws of a mean and a log-variance: of these it draws the latents themselves.
+    encoder = load(made, "coreml").networks["vae_encoder"]
+    assert encoder.signature.outputs[0].shape == (1, 8, 8, 8)
+    picture = torch.from_numpy(wanted.transpose(0, 3, 1, 2)) * 2 - 1
+    graph = encoder.session({"x": picture.numpy()})["latent"]
+    with torch.inference_mode():
+        latents = small.encode(picture).latents.numpy()
+    assert snr_db(latents, graph[:, :4]) > 45
+    assert (graph[:, 4:] == -30).all()
+    np.testing.assert_array_equal(
+        encoder({"sample": picture.numpy()})["latent_sample"], graph[:, :4]
+    )
