@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Without bytecode files the first import of diffusers alone takes some 15 seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check quality parity-students teacher bench-cold bench-pipelines bench-train bench-export clean
+.PHONY: demo test check quality parity-students teacher bench-cold bench-pipelines bench-decoders bench-train bench-export clean
 
 demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.json and bundles.
 	$(BIN)/edgedistill demo -o demo
@@ -33,6 +33,9 @@ bench-cold: .venv/done  ## Process start to picture, against a bare script.
 
 bench-pipelines: .venv/done  ## Ours beside optimum's and OpenVINO GenAI's pipelines; SIZE=sd15 at full size, WORK=DIR with 13 GB.
 	$(BIN)/python examples/bench_pipelines.py --size $(or $(SIZE),tiny) --work $(or $(WORK),build/bench-pipelines)
+
+bench-decoders: .venv/done  ## Ways to decode a latent of Stable Diffusion's: time, memory, dB; SIDE=1024, WORK=DIR with 1 GB.
+	$(BIN)/python examples/bench_decoder.py --side $(or $(SIDE),512) --work $(or $(WORK),build/bench-decoder)
 
 bench-train: .venv/done  ## A step through the trainer against the same step in plain PyTorch.
 	$(BIN)/python examples/bench_train.py
