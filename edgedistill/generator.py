@@ -51,7 +51,9 @@ def generator_signature(
     shape: tuple[int | str, ...] = (BATCH, *table.stages[-1].shape)
     if table.decoder is not None:
         shape = signatures[table.decoder].outputs[0].shape
-    output = TensorSpec(OUTPUT, shape, "float32", "image")
+    # A graph gives nothing under the name of what it takes.
+    graph = f"{OUTPUT}_out" if OUTPUT in inputs else None
+    output = TensorSpec(OUTPUT, shape, "float32", "image", graph)
     return Signature(tuple(inputs.values()), (output,)).with_batch(BATCH)
 
 

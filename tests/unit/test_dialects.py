@@ -10,6 +10,7 @@ from torch import nn
 from edgedistill.contract import Signature
 from edgedistill.errors import ContractError
 from edgedistill.models import store
+from edgedistill.models.controlnet import ControlNet, build_controlnet, controlled
 from edgedistill.models.vae import VaeDecoder, VaeEncoder, build_autoencoder
 from edgedistill.network import CheckedNetwork
 from export.dialects import Dialect, batch_of, plain
@@ -69,6 +70,18 @@ def sdxl() -> nn.Module:
     )
 
 
+def controlnet() -> ControlNet:
+    torch.manual_seed(0)
+    names = set(UNET) - {"sample_size", "out_channels", "up_block_types"}
+    stock = build_controlnet(
+        {name: UNET[name] for name in names} | {"conditioning_embedding_out_channels": [4, 8]}
+    )
+    for parameter in stock.parameters():
+        if not parameter.any():  # of the convolutions that are zero before training
+            nn.init.normal_(parameter)
+    return ControlNet(stock.eval(), (8, 8))
+
+
 def encoder(name: str = "CLIPTextModel") -> nn.Module:
     torch.manual_seed(0)
     return store.build({"architectures": [name], **TEXT}).eval()
@@ -115,12 +128,16 @@ def feeds(signature: Signature, count: int) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("form", ["onnx", "openvino", "coreml"])
 @pytest.mark.parametrize(
     "make",
-    [unet, guided, sdxl, encoder, lambda: half(VaeDecoder), lambda: half(VaeEncoder)],
-    ids=["unet", "guided", "sdxl", "text", "decoder", "encoder"],
+    [
+        *(unet, guided, sdxl, lambda: controlled(unet()), controlnet),
+        *(encoder, lambda: half(VaeDecoder), lambda: half(VaeEncoder)),
+    ],
+    ids=["unet", "guided", "sdxl", "controlled", "controlnet", "text", "decoder", "encoder"],
 )
 def test_in_every_dialect_a_network_answers_what_it_always_does(form: str, make: Callable) -> None:
     network = make()
-    dialect = Dialect(form, w=W, guided=True, free_sizes=form != "coreml")
+    free = form != "coreml" and not isinstance(network, ControlNet)
+    dialect = Dialect(form, w=W, guided=True, free_sizes=free)
     own = store.signature(network).bind(length=12)
     graph, spoken = dialect.of(network, own.with_batch(batch_of(dialect, network)))
     given = feeds(own, 3)
@@ -158,6 +175,26 @@ def test_what_the_graph_of_a_denoiser_takes(form, timestep, text, width) -> None
         *told,
         ("out_sample" if free else "noise_pred", "float32", (batch, 4, height, width)),
     ]
+
+
+@pytest.mark.parametrize(
+    ("form", "batch", "text"),
+    [("onnx", "batch", ("batch", 12, 16)), ("coreml", 2, (2, 16, 1, 12))],
+)
+def test_what_a_controlnet_gives_its_denoiser_takes(form, batch, text) -> None:
+    dialect = Dialect(form, controlled=True)
+    graphs = []
+    for network in (controlnet(), controlled(unet())):
+        assert batch_of(dialect, network) == batch
+        own = store.signature(network).bind(length=12).with_batch(batch)
+        graphs.append(names(dialect.of(network, own)[0]))
+    shapes = [(8, 8, 8), (8, 8, 8), (8, 4, 4), (16, 4, 4), (16, 4, 4)]
+    residuals = [
+        (f"additional_residual_{i}", "float32", (batch, *shape)) for i, shape in enumerate(shapes)
+    ]
+    picture = ("controlnet_cond", "float32", (batch, 3, 16, 16))
+    assert graphs[0][2:] == [("encoder_hidden_states", "float32", text), picture, *residuals]
+    assert graphs[1][3:-1] == residuals
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def test_a_graph_takes_what_neither_the_table_nor_a_network_makes(inside, text):
     assert sorted(names) == sorted(["noise_0", "noise_1", "scale", text, "image", "mask"])
     assert names[:2] == ["noise_0", "noise_1"]
     assert made.batch is None
-    assert made.outputs == (TensorSpec(OUTPUT, ("batch", 3, 8, 8), "float32", "image"),)
+    # ONNX has one name for one tensor, and this graph is given an `image` too.
+    output = TensorSpec(OUTPUT, ("batch", 3, 8, 8), "float32", "image", "image_out")
+    assert made.outputs == (output,)
 
 
 def test_several_encoders_read_tokens_of_their_own():
@@ -80,6 +82,7 @@ def test_each_noise_has_the_shape_of_its_stage():
     made = generator_signature(table, {})
     assert [item.shape[1:] for item in made.inputs] == [(1, 2, 2), (1, 4, 4), (1, 4, 4)]
     assert made.outputs[0].shape == ("batch", 1, 4, 4)
+    assert made.outputs[0].graph_name == OUTPUT
 
 
 def test_the_text_is_read_outside_only_where_its_encoder_is_there():

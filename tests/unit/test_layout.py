@@ -808,6 +808,115 @@ def test_what_cannot_be_checked_is_refused(tmp_path):
         check_layout(tmp_path, ["tensorrt"])
 
 
+RESIDUALS = ["8,8,8", "8,8,8", "8,4,4", "16,4,4", "16,4,4"]
+CONTROL = ["coreml/packages/ControlNet_edges.mlpackage", _path("coreml", "control-unet")]
+CONTROL_CLASS = "StableDiffusionControlNetPipeline"
+
+
+def _residuals(dtype: str) -> str:
+    return " | ".join(
+        f"additional_residual_{i} {dtype} 2,{shape}" for i, shape in enumerate(RESIDUALS)
+    )
+
+
+def _control_lines() -> list[str]:
+    """Return the graphs of a ControlNet and of its UNet, as Apple's converter declares them."""
+    inputs, output = _graphs("sd")["coreml"]["unet"].split(" -> ")
+    side = f"{inputs} | controlnet_cond f16 2,3,16,16 -> {_residuals('f32')}"
+    return [side, f"{inputs} | {_residuals('f16')} -> {output}"]
+
+
+def _controlled(root: Path) -> Path:
+    """Give a folder a ControlNet, and to Swift the UNet that takes it."""
+    _remove(PACKAGE)(root)
+    for path, line in zip(CONTROL, _control_lines(), strict=True):
+        _write_graph(root / path, line)
+    _index("_class_name", to=CONTROL_CLASS)(root)
+    _index("controlnet", to=["diffusers", "ControlNetModel"])(root)
+    config = _configs("sd")["unet"] | {"layers_per_block": 1, "conditioning_channels": 3}
+    for name in ("unet", "controlnet"):
+        _save(root / name / "config.json", config)
+    (root / "controlnet/diffusion_pytorch_model.safetensors").touch()
+    return root
+
+
+def test_who_opens_a_pipeline_with_a_controlnet(folder):
+    root = _controlled(folder())
+    assert check_layout(root, ["diffusers", "swift"]) == []
+    for loader in ("ort", "openvino", "genai"):
+        (found,) = check_layout(root, [loader])
+        assert (found.file, found.found) == (INDEX_JSON, repr(CONTROL_CLASS))
+        assert found.expected == "a pipeline without a ControlNet: this loader has no other"
+    _index("_class_name", to="StableDiffusionXLControlNetPipeline")(root)
+    assert [item.found for item in check_layout(root, ["swift"])] == [
+        "'StableDiffusionXLControlNetPipeline'"
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_every_tensor_between_a_controlnet_and_its_denoiser_is_held_to(folder, number):
+    root, path, line = _controlled(folder()), CONTROL[number], _control_lines()[number]
+    for name, dtype, sizes in itertools.chain(*map(_tensors, line.split(" -> "))):
+        before = f" {name} {dtype} {','.join(sizes)} "
+        other = "f16" if dtype == "f32" else "i32"
+        for after, expected in (
+            (before.replace(name, "other"), f"`{name}`"),
+            (before.replace(dtype, other), f"`{name}` of {FULL[dtype]}"),
+            (f"{before.rstrip()},1 ", f"rank {len(sizes)}"),
+            (f" {name} {dtype} {','.join([sizes[0], '99', *sizes[2:]])} ", f"`{name}` of "),
+        ):
+            broken = f" {line} ".replace(before, after).strip()
+            if broken == line or (name, other) == ("noise_pred", "f16"):
+                continue  # a timestep has one size; Swift converts what the UNet gives
+            _write_graph(root / path, broken)
+            found = [item for item in check_layout(root, ["swift"]) if item.level == "error"]
+            assert any(item.file == path and expected in item.expected for item in found), broken
+
+
+@pytest.mark.parametrize(
+    ("edit", "loader", "file", "expected"),
+    [
+        (_remove(CONTROL[0]), "swift", "coreml/packages/ControlNet_NAME", "graph of controlnet"),
+        (_remove(CONTROL[1]), "swift", "control-unet.mlpackage", "the graph of control-unet"),
+        (_remove("controlnet/config.json"), "swift", "controlnet/config.json", "configuration"),
+        (_remove("controlnet/config.json"), "diffusers", "controlnet/config", "ControlNetModel"),
+        (_index("controlnet", to=Ellipsis), "diffusers", INDEX_JSON, "`controlnet` as [library"),
+        (
+            _edit("controlnet/config.json", "layers_per_block", to=2),
+            *("swift", CONTROL[0], "additional_residual_6"),
+        ),
+        (
+            _text(MODELC.format("controlnet/Edges").replace("metadata.json", "a"), ""),
+            *("swift", MODELC.format("controlnet/Edges"), "the compiler's description"),
+        ),
+    ],
+    ids=itertools.count(),
+)
+def test_what_a_pipeline_with_a_controlnet_lacks(folder, edit, loader, file, expected):
+    root = _controlled(folder())
+    edit(root)
+    found = check_layout(root, [loader])
+    assert any(file in item.file and expected in item.expected for item in found), found
+
+
+def test_swift_calls_a_controlnet_with_two_samples_for_one_unet(folder):
+    root = _controlled(folder())
+    for path, line in zip(CONTROL, _control_lines(), strict=True):
+        _write_graph(
+            root / path, line.replace(" 2,", " 1,").replace("timestep f16 2", "timestep f16 1")
+        )
+    found = check_layout(root, ["swift"])
+    assert {(item.file, item.found) for item in found} == {(path, "batch 1") for path in CONTROL}
+    for path, line in zip(CONTROL, _control_lines(), strict=True):
+        _write_graph(root / path, line)
+    wide = _control_lines()[0].replace(" 2,16,4,4", " 2,32,4,4")
+    _write_graph(root / CONTROL[0], wide)
+    _edit("controlnet/config.json", "block_out_channels", to=[8, 32])(root)
+    found = check_layout(root, ["swift"])
+    assert [item.found for item in found] == ["(2, 32, 4, 4)"] * 2
+    assert "`additional_residual_3` of (2, 16, 4, 4), as control-unet" in found[0].expected
+
+
 def test_nothing_of_torch_is_needed(valid):
     blocked = "sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers']))"
     code = f"import sys; {blocked}; from edgedistill.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -14,7 +14,7 @@ from edgedistill.files import read_json
 from edgedistill.plans import Plan, portable, swift
 from edgedistill.rows import analytic_row, ddim_row
 from edgedistill.schedule import Schedule
-from edgedistill.stock import LOADERS, genai_timesteps, objections, swift_spacing
+from edgedistill.stock import LOADERS, genai_timesteps, loaders_for, objections, swift_spacing
 from edgedistill.table import Blend, Condition, Next, SamplerTable
 from edgedistill.validate import validate
 
@@ -201,6 +201,19 @@ def test_what_no_stock_pipeline_does_is_told_of_every_loader() -> None:
     second = replace(stage, carry="identity", init_noise=(0.0, 1))
     table = replace(made, stages=(stage, second), noise_count=2)
     assert "2 stages" in objections(DDIM, 4, table)["swift"][0]
+
+
+def test_who_runs_a_controlnet_before_the_denoiser() -> None:
+    shapes = {"shape": SHAPE, "network": ("controlnet", "unet")}
+    table = compile_scheduler(TWIN, 2, **shapes)
+    found = objections(DDIM, 2, compile_scheduler(DDIM, 2, **shapes))
+    for name in ("ort", "openvino", "genai"):
+        assert found[name][0] == "it has no pipeline that calls controlnet beside the denoiser"
+    assert loaders_for(table) == ("diffusers", "swift")
+    assert found["diffusers"] == objections(TWIN, 2, table)["swift"] == ()
+    guide = compile_scheduler(DDIM, 2, shape=SHAPE, network=("guide", "unet"))
+    assert loaders_for(guide) == ()
+    assert "calls guide beside" in objections(DDIM, 2, guide)["diffusers"][0]
 
 
 def test_unknown_schedulers_are_known_to_no_loader() -> None:
