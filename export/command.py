@@ -116,7 +116,10 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         help="merge a LoRA as diffusers, peft or kohya write it; may be given several times (default scale: 1)",
     )
     pipeline.add_argument(
-        "--vae", metavar="DIR", type=Path, help="another autoencoder, such as a small one"
+        "--vae",
+        metavar="DIR",
+        type=Path,
+        help="another autoencoder: an AutoencoderTiny, such as TAESD, decodes in a fraction of the time",
     )
     pipeline.add_argument(
         "--controlnet",
