@@ -39,8 +39,8 @@ FORMATS = {"onnx": "optimum", "openvino": "optimum", "coreml": "coremltools"}
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "coreml": "mlpackage"}
 TOKENS = 77
 DECODER = Signature(
-    (TensorSpec("latent", (1, 4, 64, 64), "float32", "latent"),),
-    (TensorSpec("image", (1, 3, 512, 512), "float32", "image"),),
+    (TensorSpec("latent_sample", (1, 4, 64, 64), "float32", "latent"),),
+    (TensorSpec("sample", (1, 3, 512, 512), "float32", "image"),),
 )
 
 
@@ -94,7 +94,9 @@ def by_conversion(folder: Path, component: str, form: str, target: Path) -> None
         to_openvino.convert_openvino(frozen, target, consume=True)
     else:
         with quiet_coremltools() as coremltools:
-            to_coreml.convert_coreml(coremltools, frozen, "float16", "iOS17").save(str(target))
+            to_coreml.convert_coreml(coremltools, frozen, "float16", "iOS17", consume=True).save(
+                str(target)
+            )
 
 
 def by_optimum(folder: Path, component: str, form: str, target: Path) -> None:

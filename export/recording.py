@@ -53,6 +53,27 @@ def record(frozen: Frozen, path: Path, opset: int) -> Mapping[str, Tensor]:
     return weights
 
 
+def trace(frozen: Frozen) -> torch.jit.ScriptModule:
+    """Record a call of a network as TorchScript, constants folded.
+
+    Args:
+        frozen: The network; it is not changed.
+
+    Returns:
+        A module whose parameters are the network's own tensors, not copies.
+    """
+    weights = _tensors(frozen)
+    traced = torch.jit.trace(
+        _Blanked(frozen, weights), examples(frozen.signature), check_trace=False
+    )
+    for name, value in _tensors(traced).items():
+        value.data = weights[name].data
+    graph = traced.forward.graph
+    torch._C._jit_pass_inline(graph)
+    torch._C._jit_pass_constant_propagation(graph)
+    return traced
+
+
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by name, each once."""
     return dict([*network.named_parameters(), *network.named_buffers()])
@@ -97,6 +118,29 @@ class _Emptied(Frozen):
     def _clear(self) -> None:
         for held, name, _ in self._places:
             held[name] = None
+
+
+class _Blanked(Frozen):
+    """A network whose tensors are blank.
+
+    Args:
+        frozen: What is copied, all but its tensors.
+        weights: Its tensors by name.
+    """
+
+    def __init__(self, frozen: Frozen, weights: Mapping[str, Tensor]) -> None:
+        memo: dict[int, Any] = {
+            id(value): nn.Parameter(_blank(value), requires_grad=False)
+            if isinstance(value, nn.Parameter)
+            else _blank(value)
+            for value in weights.values()
+        }
+        super().__init__(copy.deepcopy(frozen.network, memo), frozen.signature)
+
+    def forward(self, *given: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Return the outputs, blank where they depend on a blank."""
+        with ThreadPoolExecutor(1) as aside, _Recorded(), _Blanks(aside):
+            return super().forward(*given)
 
 
 class _Blanks(TorchDispatchMode):

@@ -1,8 +1,9 @@
 """One network to one Core ML package: traced, converted, run once beside PyTorch, then put in place."""
 
 import contextlib
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from edgedistill.errors import ConfigError, ContractError
 from edgedistill.mlpackage import quiet_coremltools, write_package
 
 from .checking import Check, check_file
-from .frozen import Frozen, examples, expected_of
+from .frozen import Frozen, expected_of
+from .recording import trace
 from .worker import called
 
 # dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
@@ -24,7 +26,6 @@ from .worker import called
 LEAST_DB = {"float32": 100.0, "float16": 40.0}
 DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 _DTYPES = ("float32", "int32")
-_EMBEDDING_OPS = ("sin", "cos")
 _MEANINGS = {
     "x": "The noised state.",
     "noise": "Unit Gaussian noise, an entry of the bank.",
@@ -83,9 +84,7 @@ def write_coreml(
     expected = expected_of(frozen)
     alone = consume and frozen.is_large
     with quiet_coremltools() as coremltools, _without_known_warnings():
-        model = convert_coreml(coremltools, frozen, precision, deployment_target)
-        if consume:
-            frozen.release()
+        model = convert_coreml(coremltools, frozen, precision, deployment_target, consume=consume)
         options = {"device": "reference"}
         check = Check("coreml", signature, expected, LEAST_DB[precision], options)
         snr_db = write_package(
@@ -123,25 +122,32 @@ def _check(signature: Signature, precision: str, deployment_target: str) -> None
             raise ContractError(msg)
 
 
-def convert_coreml(coremltools: Any, frozen: Frozen, precision: str, target: str) -> Any:
+def convert_coreml(
+    coremltools: Any, frozen: Frozen, precision: str, target: str, *, consume: bool = False
+) -> Any:
     """Trace and convert, unchecked and unsaved; arguments as of `write_coreml`."""
-    with torch.no_grad():
-        traced = torch.jit.trace(frozen, examples(frozen.signature), check_trace=False)
-        # PyTorch folds the constants: coremltools' numpy is one bit off in the frequencies of the
-        # embeddings, which leaves 96 dB of the sine of a thousand radians.
-        traced = torch.jit.freeze(traced.eval(), optimize_numerics=False)
+    system = getattr(coremltools.target, target)
     try:
-        model = coremltools.convert(
-            traced,
-            convert_to="mlprogram",
+        program = coremltools.convert(
+            trace(frozen),
+            convert_to="milinternal",
             inputs=[
                 _tensor_type(coremltools, spec, spec.shape) for spec in frozen.signature.inputs
             ],
             outputs=[_tensor_type(coremltools, spec) for spec in frozen.signature.outputs],
-            minimum_deployment_target=getattr(coremltools.target, target),
-            skip_model_load=True,
-            **_arithmetic(coremltools, precision),
+            minimum_deployment_target=system,
+            pass_pipeline=coremltools.PassPipeline.EMPTY,
         )
+        if consume:
+            frozen.release()
+        with tempfile.TemporaryDirectory() as folder:
+            model = coremltools.convert(
+                program,
+                convert_to="mlprogram",
+                minimum_deployment_target=system,
+                skip_model_load=True,
+                **_arithmetic(coremltools, precision, Path(folder)),
+            )
     except NotImplementedError as error:
         msg = f"coremltools {coremltools.__version__} cannot convert this network: {error}"
         raise ContractError(msg) from error
@@ -149,46 +155,22 @@ def convert_coreml(coremltools: Any, frozen: Frozen, precision: str, target: str
     return model
 
 
-def _arithmetic(coremltools: Any, precision: str) -> dict[str, Any]:
+def _arithmetic(coremltools: Any, precision: str, folder: Path) -> dict[str, Any]:
+    pipeline = coremltools.PassPipeline.DEFAULT
     if precision == "float16":
-        selector = _float16_selector()
-        return {"compute_precision": coremltools.transform.FP16ComputePrecision(selector)}
-    passes = coremltools.PassPipeline.DEFAULT
+        from . import coreml_float16
+
+        pipeline.passes = coreml_float16.passes(pipeline.passes)
+        pipeline.set_options("edgedistill::halve", {"folder": folder})
+        return {"compute_precision": coremltools.precision.FLOAT16, "pass_pipeline": pipeline}
     # It makes scale and shift of a group norm a batch norm of variance 1, and forgets that this op adds
     # 1e-5 to the variance: every norm comes out 106 dB true. Float16 does not see it.
-    passes.remove_passes({"common::fuse_elementwise_to_batchnorm"})
-    return {"compute_precision": coremltools.precision.FLOAT32, "pass_pipeline": passes}
+    pipeline.remove_passes({"common::fuse_elementwise_to_batchnorm"})
+    return {"compute_precision": coremltools.precision.FLOAT32, "pass_pipeline": pipeline}
 
 
 def _tensor_type(coremltools: Any, spec: TensorSpec, shape: Any = None) -> Any:
     return coremltools.TensorType(name=spec.name, shape=shape, dtype=np.dtype(spec.dtype).type)
-
-
-def _float16_selector() -> Callable[[Any], bool]:
-    """Return a predicate over the ops of one program: may this one be computed in float16?"""
-    kept: dict[int, set[str]] = {}
-
-    def selects(operation: Any) -> bool:
-        block = operation.enclosing_block
-        if id(block) not in kept:  # the first op is asked about before any op is replaced
-            kept[id(block)] = _leading_to(block.operations, _EMBEDDING_OPS)
-        return operation.name not in kept[id(block)]
-
-    return selects
-
-
-def _leading_to(operations: Any, kinds: tuple[str, ...]) -> set[str]:
-    """Return the names of the ops of some kinds and of all that they are computed from."""
-    open_ends = [operation for operation in operations if operation.op_type in kinds]
-    found: set[str] = set()
-    while open_ends:
-        operation = open_ends.pop()
-        found.add(operation.name)
-        for given in operation.inputs.values():
-            for var in given if isinstance(given, list | tuple) else [given]:
-                if var is not None and var.op is not None and var.op.name not in found:
-                    open_ends.append(var.op)
-    return found
 
 
 def _describe(model: Any, signature: Signature) -> None:

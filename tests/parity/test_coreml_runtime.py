@@ -21,7 +21,7 @@ from edgedistill.mlpackage import read_package  # noqa: E402
 from edgedistill.models import store  # noqa: E402
 from edgedistill.models.inputs import Inputs  # noqa: E402
 from edgedistill.models.unet import ExtendedUNet2DModel  # noqa: E402
-from export import to_coreml  # noqa: E402
+from export import coreml_float16, to_coreml  # noqa: E402
 from export.frozen import Frozen, examples  # noqa: E402
 from export.to_coreml import write_coreml  # noqa: E402
 from quantize.with_coremltools import compress_coreml  # noqa: E402
@@ -163,7 +163,7 @@ def test_no_norm_becomes_a_batch_norm_in_float32(guided, package):
 def test_float16_without_the_float32_embeddings_fails_where_few_step_students_run(
     guided, packages, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(to_coreml, "_EMBEDDING_OPS", ())
+    monkeypatch.setattr(coreml_float16, "EMBEDDING_OPS", ())
     monkeypatch.setitem(to_coreml.LEAST_DB, "float16", 0.0)
     write_coreml(*guided, tmp_path / "plain.mlpackage")
     plain = worst_snr(*guided, tmp_path / "plain.mlpackage", (999,))
