@@ -4,8 +4,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import relu, softplus
 
+from edgedistill.errors import ConfigError
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.prediction import SIGMA_DATA, x0_coefficients
 
@@ -84,9 +86,15 @@ def balance(
         weight: The last layer that both depend on.
         bounds: The ratio is clamped to these.
 
+    Raises:
+        ConfigError: If FSDP has cut the weight up, whose graph then ends at pieces that are already gone.
+
     References:
         Esser et al., arXiv:2012.09841, Eq. 7.
     """
+    if isinstance(weight, DTensor):
+        msg = "Losses of this method are balanced by gradients of one layer, which FSDP hides; configure accelerate for MULTI_GPU."
+        raise ConfigError(msg)
     gradients = [
         torch.autograd.grad(loss, weight, retain_graph=True)[0].detach() for loss in (leader, term)
     ]

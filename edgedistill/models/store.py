@@ -305,7 +305,11 @@ def save(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -
 def config_of(network: nn.Module) -> dict[str, Any]:
     """Return a network's configuration as a plain dictionary, its class included."""
     config: Any = network.config
-    return {"_class_name": type(network).__name__, **dict(config)}
+    names = [kind.__name__ for kind in type(network).__mro__]  # FSDP makes a subclass of its own
+    return {
+        "_class_name": next((name for name in names if name in BUILDERS), names[0]),
+        **dict(config),
+    }
 
 
 def call(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from edgedistill.errors import BundleError, TrainingError
 from edgedistill.files import read_json, write_json, written_aside
 from edgedistill.models.store import save_weights
+from edgedistill.training.sharded import pieces_like, whole
 
 STATE = "state.safetensors"
 POSITION = "position.json"
@@ -42,8 +43,8 @@ class Snapshot:
     scalars: dict[str, Any] = field(default_factory=dict)
 
     def put(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add tensors under a prefix."""
-        for name, value in tensors.items():
+        """Add tensors under a prefix; those that are cut up among processes as a whole."""
+        for name, value in whole(tensors).items():
             self.tensors[f"{prefix}/{name}"] = value.detach().cpu().contiguous()
 
     def get(self, prefix: str) -> dict[str, Tensor]:
@@ -59,9 +60,10 @@ class Snapshot:
     def load_optimizer(self, prefix: str, optimizer: torch.optim.Optimizer) -> None:
         """Give an optimizer back its moments."""
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for name, value in self.get(prefix).items():
             index, key = name.split("/", 1)
-            state.setdefault(int(index), {})[key] = value
+            state.setdefault(int(index), {})[key] = pieces_like(value, parameters[int(index)])
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 

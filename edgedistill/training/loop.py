@@ -26,6 +26,7 @@ from edgedistill.training.checkpoint import CheckpointFolder, Position, Snapshot
 from edgedistill.training.draw import PositionDraw, Slice
 from edgedistill.training.memory import checkpoint_blocks
 from edgedistill.training.settings import TrainingSettings
+from edgedistill.training.sharded import load_whole, shard, whole
 
 State = Mapping[str, Tensor]
 Networks = Mapping[str, nn.Module]
@@ -89,6 +90,8 @@ class Trainer:
                 checkpoint_blocks(role.network)
             for name, parameter in role.network.named_parameters():
                 parameter.requires_grad_(role.is_trained(name))
+            if self.accelerator.is_fsdp2:
+                shard(self.accelerator, role.network)
             if role.trained:
                 self._wrap(role)
         self._followed = dict.fromkeys(self.roles, 0)
@@ -98,8 +101,8 @@ class Trainer:
     def _wrap(self, role: Role) -> None:
         """Compile a network and hand it to accelerate; losses then call what came out."""
         network = role.network
-        ready = torch.compile(network) if self.settings.compile else network
-        prepared = self.accelerator.prepare_model(ready)
+        ready: Any = torch.compile(network) if self.settings.compile else network
+        prepared = ready if self.accelerator.is_fsdp2 else self.accelerator.prepare_model(ready)
         if isinstance(role.module, Denoiser):
             role.module.network = prepared
         else:
@@ -158,13 +161,17 @@ class Trainer:
                 and done.iteration < phase.iterations
             ):
                 self._checkpoint(done)
-        if phase.emits is not None and self.accelerator.is_main_process:
+        if phase.emits is not None and self._collects:
             networks = phase.emits.networks
-            self.emit(
-                phase.emits,
-                {name: self._plain[role].state_dict() for name, role in networks.items()},
-            )
+            states = {name: whole(self._plain[r].state_dict()) for name, r in networks.items()}
+            if self.accelerator.is_main_process:
+                self.emit(phase.emits, states)
         self._checkpoint(Position(index + 1, 0))
+
+    @property
+    def _collects(self) -> bool:
+        """Whether this process takes part in what the main one writes: pieces come from all."""
+        return self.accelerator.is_main_process or self.accelerator.is_fsdp2
 
     def _preview(self, phase: Phase, position: Position) -> None:
         if phase.preview is not None:
@@ -260,7 +267,7 @@ class Trainer:
         """Clip the gradients and say whether the step may be made, by the NaN policy."""
         parameters = [p for name in update.roles for p in self._plain[name].parameters()]
         limit = self.settings.clip_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        norm = whole({"": self.accelerator.clip_grad_norm_(parameters, limit)})[""]
         if bool(torch.isfinite(_total(terms) + norm)):
             self._bad_steps = 0
             return True
@@ -289,7 +296,7 @@ class Trainer:
         return (before + iteration) * self.settings.batch_size
 
     def _checkpoint(self, position: Position) -> None:
-        if not self.accelerator.is_main_process:
+        if not self._collects:
             return
         snapshot = Snapshot(position)
         for role in filter(self.plan.changes, self.plan.roles):
@@ -298,11 +305,12 @@ class Trainer:
             snapshot.scalars["followed"] = dict(self._followed)
             for name, optimizer in self._optimizers.items():
                 snapshot.put_optimizer(f"optimizer/{name}", _inner(optimizer))
-        self.checkpoints.save(snapshot)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(snapshot)
 
     def _restore_networks(self, saved: Snapshot) -> None:
         for role in filter(self.plan.changes, self.plan.roles):
-            self._plain[role.name].load_state_dict(saved.get(f"role/{role.name}"))
+            load_whole(self._plain[role.name], saved.get(f"role/{role.name}"))
 
     def _restore_progress(self, saved: Snapshot) -> None:
         self._followed = dict(saved.scalars["followed"])

@@ -32,7 +32,7 @@ from edgedistill.training.recipe import Recipe
 
 LOGGER = logging.getLogger(__name__)
 PREVIEWS = 20
-# Ways of accelerate to cut networks up.
+# Ways of accelerate to cut networks up, of which only the second version of FSDP leaves tensors that have names.
 _CUTTING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
@@ -94,7 +94,8 @@ def start(prepared: Prepared) -> Accelerator:
     """Return the accelerator of a run: device and processes as `accelerate launch` gives them.
 
     Raises:
-        ConfigError: If accelerate is configured to cut networks up among processes.
+        ConfigError: If accelerate is configured to cut networks up among processes in another way than FSDP2, or for
+            FSDP2 where previews are asked for.
     """
     settings = prepared.recipe.training
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
@@ -105,12 +106,14 @@ def start(prepared: Prepared) -> Accelerator:
     parallel = DistributedDataParallelKwargs(find_unused_parameters=partly)
     AcceleratorState._reset_state()  # it would hold every run to the precision of the first
     accelerator = Accelerator(mixed_precision=settings.mixed_precision, kwargs_handlers=[parallel])
-    if accelerator.distributed_type in _CUTTING:
+    if accelerator.distributed_type in _CUTTING and not accelerator.is_fsdp2:
         msg = (
-            f"accelerate is configured for {accelerator.distributed_type.value}, whose pieces of networks cannot be "
-            "averaged, copied between roles and saved here; configure it for MULTI_GPU, and save memory with "
-            "training.gradient_checkpointing, training.mixed_precision=bf16, training.gradient_accumulation, or lora."
+            f"accelerate is configured for {accelerator.distributed_type.value} of a kind whose pieces of networks cannot be "
+            "averaged, copied between roles and saved here; configure it for FSDP with fsdp_version: 2, or for MULTI_GPU."
         )
+        raise ConfigError(msg)
+    if accelerator.is_fsdp2 and settings.preview_every:
+        msg = "Under FSDP no process has a whole network to draw previews with; add --set training.preview_every=0."
         raise ConfigError(msg)
     return accelerator
 

@@ -1,9 +1,11 @@
-"""Two processes under `accelerate launch` give the losses and the students of one."""
+"""Two processes under `accelerate launch` give the losses and the students of one, also where FSDP cuts networks up."""
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +69,7 @@ COMMON = """
 name: two
 teacher: digits
 data: digits
-training: {batch_size: 8, gradient_accumulation: PIECES, log_every: 1, tensorboard: false}
+training: {batch_size: 8, gradient_accumulation: PIECES, log_every: 1, checkpoint_every: 2, tensorboard: false}
 """
 # CTM weighs its losses by their gradients over a piece, and which samples make a piece depends on the processes.
 PIECES = {"ctm": 1}
@@ -76,29 +78,75 @@ import sys
 from edgedistill.cli import main
 sys.exit(max(main(["distill", path, "-o", path + "-2", "--quiet"]) for path in sys.argv[1:]))
 """
+# accelerate takes FSDP for GPUs alone. All below works on CPUs, so it is told of it once it is there.
+IN_PIECES = """
+import sys
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import PartialState
+from edgedistill.cli import main
+from edgedistill.training.loop import Trainer
+
+class Broken(Exception):
+    pass
+
+def begin(self, *arguments, **settings):
+    init(self, *arguments, **settings)
+    self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
+    PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+
+def save_and_break(self, position):
+    save(self, position)
+    if position.iteration:
+        raise Broken
+
+init, Accelerator.__init__ = Accelerator.__init__, begin
+save = Trainer._checkpoint
+for path in sys.argv[1:]:
+    words = ["distill", path, "-o", path + "-pieces", "--quiet"]
+    Trainer._checkpoint = save_and_break
+    try:
+        main(words)
+    except Broken:
+        words.append("--resume")
+    Trainer._checkpoint = save
+    if main(words):
+        sys.exit(f"{path}: not trained")
+"""
+KINDS = {"2": (EVERY_RECIPE, tuple(RECIPES)), "pieces": (IN_PIECES, ("guided", "dmd2"))}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of students METHOD-1, made here, and METHOD-2, made by two processes of a launch."""
+    """A folder of students METHOD-1, made here."""
     root = tmp_path_factory.mktemp("processes")
     for method, settings in RECIPES.items():
         text = f"method: {method}\n{COMMON}{settings}".replace("PIECES", str(PIECES.get(method, 2)))
         optimizer = f"optimizer: {{learning_rate: {RATE}}}"
         (root / method).write_text(text.replace("OPTIMIZER", optimizer))
         distill(Recipe.load(root / method), root / f"{method}-1", quiet=True)
-    script = root / "every_recipe.py"
-    script.write_text(EVERY_RECIPE)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--multi_gpu", str(script), *(str(root / method) for method in RECIPES)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("next: edgedistill export") == len(RECIPES)
     return root
+
+
+@pytest.fixture(scope="module")
+def by_two(trained: Path) -> Callable[[str], Path]:
+    """Of a kind: the folder of students METHOD-KIND, made by two processes of a launch."""
+
+    @functools.cache
+    def launch(kind: str) -> Path:
+        script, (text, methods) = trained / f"{kind}.py", KINDS[kind]
+        script.write_text(text)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--multi_gpu", str(script), *(str(trained / method) for method in methods)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("next: edgedistill export") == len(methods)
+        return trained
+
+    return launch
 
 
 def flat(weights: dict[str, np.ndarray]) -> np.ndarray:
@@ -108,9 +156,14 @@ def flat(weights: dict[str, np.ndarray]) -> np.ndarray:
 # Sums are rounded in another order: 2e-6 of a loss. Adam divides a gradient by its own size, so a bias that a
 # normalisation takes out again goes by RATE wherever rounding leads it: 3e-4 of a small student's weights.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", RECIPES)
-def test_two_processes_give_the_losses_of_one(trained: Path, method: str) -> None:
-    one, two = trained / f"{method}-1", trained / f"{method}-2"
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind, (_, methods) in KINDS.items() for method in methods],
+)
+def test_two_processes_give_the_losses_of_one(
+    trained: Path, by_two: Callable[[str], Path], kind: str, method: str
+) -> None:
+    one, two = trained / f"{method}-1", by_two(kind) / f"{method}-{kind}"
     lines = [(root / "training" / "losses.jsonl").read_text().splitlines() for root in (one, two)]
     records = [[json.loads(line) for line in part] for part in lines]
     assert len(records[0]) == len(records[1]) > 6

@@ -16,7 +16,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
-from edgedistill.methods import ctm
+from edgedistill.methods import ctm, losses
 from edgedistill.methods.context import Context
 from edgedistill.methods.jumps import GridSettings, jump
 from edgedistill.methods.losses import balance, critic_loss, distance, fooling_loss
@@ -374,6 +374,13 @@ def test_balanced_losses_move_the_last_layer_alike() -> None:
     assert balance(leader, term, weight, (0.0, 1e4)).item() == pytest.approx(1 / 200)
     assert balance(leader, term, weight, (0.01, 10.0)).item() == pytest.approx(0.01)
     assert balance(term, leader, weight, (0.01, 10.0)).item() == 10.0
+
+
+def test_losses_are_not_balanced_on_a_layer_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "DTensor", nn.Parameter)
+    one = torch.ones(())
+    with pytest.raises(ConfigError, match="configure accelerate for MULTI_GPU"):
+        balance(one, one, nn.Parameter(one), (0.0, 1.0))
 
 
 def test_distances_and_the_two_sides_of_a_critic() -> None:

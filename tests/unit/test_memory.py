@@ -165,8 +165,16 @@ def test_compiled_and_checkpointed_runs_end_with_the_same_student(
 def test_networks_that_are_cut_up_among_processes_are_refused(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cutting = SimpleNamespace(distributed_type=DistributedType[kind])
+    cutting = SimpleNamespace(distributed_type=DistributedType[kind], is_fsdp2=False)
     monkeypatch.setattr(run, "Accelerator", lambda **_: cutting)
     prepared = SimpleNamespace(recipe=recipe(), plan=SimpleNamespace(phases=()))
-    with pytest.raises(ConfigError, match=f"configured for {kind}.*configure it for MULTI_GPU"):
+    with pytest.raises(ConfigError, match=f"configured for {kind}.*FSDP with fsdp_version: 2"):
         run.start(prepared)
+
+
+def test_no_previews_are_drawn_of_networks_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    cutting = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True)
+    monkeypatch.setattr(run, "Accelerator", lambda **_: cutting)
+    asks = recipe(preview_every=1)
+    with pytest.raises(ConfigError, match="--set training.preview_every=0"):
+        run.start(SimpleNamespace(recipe=asks, plan=SimpleNamespace(phases=())))
