@@ -1,6 +1,6 @@
 """Peak memory and time of the export of Stable Diffusion 1.5 at full size, beside the usual exporters.
 
-python examples/bench_export.py [--components unet ...] [--formats onnx ...] [--folder DIR] [--json]
+python examples/bench_export.py [--components unet ...] [--formats onnx ...] [--folder DIR] [--docs FILE] [--json]
 
 The networks are of the real architecture with random weights, drawn as PyTorch draws them, so that activations
 stay sane. Each export runs in a fresh process, one after another: optimum's for ONNX and OpenVINO, plain
@@ -10,16 +10,20 @@ Exit status 1 if our conversion takes more than 0.8 of the memory or of the proc
 """
 
 import argparse
+import datetime as dt
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedistill.contract import Signature, TensorSpec
+from edgedistill.environment import versions
 from edgedistill.errors import require
 from edgedistill.files import read_json
 from edgedistill.terminal import aligned
@@ -37,6 +41,9 @@ COMPONENTS = {
 }
 FORMATS = {"onnx": "optimum", "openvino": "optimum", "coreml": "coremltools"}
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "coreml": "mlpackage"}
+UNITS = {"peak_gb": "peak GB", "cpu_s": "CPU s", "wall_s": "wall s"}
+HEADERS = ["component", "format", "by", *UNITS.values()]
+PACKAGES = ("torch", "onnx", "openvino", "coremltools", "optimum", "optimum-onnx", "optimum-intel")
 TOKENS = 77
 DECODER = Signature(
     (TensorSpec("latent_sample", (1, 4, 64, 64), "float32", "latent"),),
@@ -199,10 +206,8 @@ def compare(folder: Path, component: str, form: str) -> dict[str, Any]:
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Return the figures as text."""
-    header = ("component", "format", "by", "peak GB", "CPU s", "wall s")
-    rows = []
+def rows_of(found: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the cells of one row per export, and of one with the ratio."""
     for item in found:
         for who, figures in (
             (item["usual"]["tool"], item["usual"]),
@@ -210,9 +215,21 @@ def table(found: list[dict[str, Any]]) -> str:
             ("our export, checked", item["edgedistill"]),
             ("conversion / usual", item["ratio"]),
         ):
-            shown = (f"{figures[name]:.2f}" for name in ("peak_gb", "cpu_s", "wall_s"))
-            rows.append((item["component"], item["format"], who, *shown))
-    return aligned(header, rows)
+            shown = (f"{figures[name]:.2f}" for name in UNITS)
+            yield [item["component"], item["format"], who, *shown]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Return the figures for a document."""
+    from quality_tables import WIDTH
+
+    packages = record["versions"]
+    named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
+    low, high = record["load"]
+    head = f"{record['date']}, {record['machine']}, load average {low} to {high}; {named}."
+    lines = [HEADERS, ["---"] * 3 + ["---:"] * len(UNITS), *rows_of(record["exports"])]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n"
 
 
 def main() -> int:
@@ -221,6 +238,7 @@ def main() -> int:
     parser.add_argument("--components", nargs="+", choices=COMPONENTS, default=[*COMPONENTS])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=[*FORMATS])
     parser.add_argument("--folder", type=Path, help="of the networks (default: a temporary one)")
+    parser.add_argument("--docs", type=Path, help="put the table between this file's markers too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,6 +246,9 @@ def main() -> int:
         tool, component, form, folder, target = options.one
         TOOLS[tool](Path(folder), component, form, Path(target))
         return 0
+    from quality import machine, put
+
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         folder = options.folder or Path(place)
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,9 +257,17 @@ def main() -> int:
             for component in options.components
             for form in options.formats
         ]
-    print(
-        json.dumps({"limit": LIMIT, "exports": found}, indent=1) if options.json else table(found)
-    )
+    record = {
+        "limit": LIMIT,
+        "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        "machine": machine(),
+        "load": [round(before, 1), round(os.getloadavg()[0], 1)],
+        "versions": versions(),
+        "exports": found,
+    }
+    if options.docs:
+        put(markdown(record), options.docs, "bench_export.py")
+    print(json.dumps(record, indent=1) if options.json else aligned(HEADERS, [*rows_of(found)]))
     return int(any(item["ratio"][name] > LIMIT for item in found for name in ("peak_gb", "cpu_s")))
 
 

@@ -1,8 +1,8 @@
-"""What a network would compute, recorded as an ONNX graph: no weight is read and nothing large is computed.
+"""What a network would compute, recorded as ONNX or TorchScript: no weight is read and nothing large is computed.
 
-The recorder of PyTorch's exporter follows one call of the network. Here the weights are its further inputs, which keeps
-the exporter's passes from copying them, and both they and all that is computed from them are blank: tensors of the right
-shape and dtype that hold one zero. Stable Diffusion's UNet is recorded in seconds and in the memory of its imports.
+A recorder of PyTorch follows one call of the network, whose weights and all that is computed from them are blank: tensors
+of the right shape and dtype that hold one zero. Stable Diffusion's UNet is recorded in seconds and in the memory of its
+imports. For ONNX the weights are further inputs, which keeps the exporter's passes from copying them.
 """
 
 import copy

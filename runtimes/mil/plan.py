@@ -1,6 +1,6 @@
 """From the ops of an ML Program to steps over numbered places, with all constants worked out."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from edgedistill.errors import ContractError
 
 from . import constexpr, ops_elementwise, ops_layers, ops_reduce, ops_shape
 from .registry import OPS, REQUIRED, Definition
+
+_LARGE = 100_000  # values; such constants stay as they are stored, and each use widens its own
 
 # Imported for the ops that they enter into the table.
 FAMILIES = (constexpr, ops_elementwise, ops_layers, ops_reduce, ops_shape)
@@ -33,6 +35,11 @@ def rounded(value: Tensor, dtype: str) -> Tensor:
     return value.float() if dtype == "fp32" else value.to(torch.int32)
 
 
+def _wide(value: Any) -> Any:
+    """Return a large constant as the ops take it."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.half else value
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One call: read `sources`, run, write `targets`, forget `spent`; all are places in memory.
@@ -46,6 +53,11 @@ class Step:
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     spent: tuple[int, ...] = ()
+
+    def call(self, memory: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the results for what stands in memory."""
+        made = self.run(*[_wide(memory[place]) for place in self.sources])
+        return made if isinstance(made, tuple) else (made,)
 
 
 class Plan:
@@ -143,9 +155,7 @@ class Plan:
         if not self._fixed.issuperset(step.sources):
             self._steps.append(step)
             return
-        made = step.run(*[self.memory[place] for place in step.sources])
-        results = made if isinstance(made, tuple) else (made,)
-        for place, result in zip(step.targets, results, strict=True):
+        for place, result in zip(step.targets, step.call(self.memory), strict=True):
             self.memory[place] = result
         self._fixed.update(step.targets)
 
@@ -178,5 +188,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tensor(value: Any, dtype: str) -> Tensor:
+    if dtype == "fp16" and np.size(value) >= _LARGE:
+        return torch.from_numpy(np.require(value, requirements="W"))
     held = {"fp16": np.float32, "fp32": np.float32, "bool": np.bool_}.get(dtype, np.int32)
     return torch.from_numpy(np.array(value, dtype=held))

@@ -93,8 +93,7 @@ class MilProgram:
         for port in self.inputs:
             memory[port.place] = rounded(torch.tensor(np.asarray(feeds[port.name])), port.dtype)
         for step in self._steps:
-            made = step.run(*[memory[place] for place in step.sources])
-            results = made if isinstance(made, tuple) else (made,)
+            results = step.call(memory)
             for place, result in zip(step.targets, results, strict=True):
                 memory[place] = result
             if observe is not None:

@@ -12,7 +12,7 @@ ct = pytest.importorskip("coremltools")
 from coremltools.converters.mil.mil import Builder as mb  # noqa: E402, N813 its authors' spelling
 from coremltools.converters.mil.mil import types  # noqa: E402
 
-from runtimes.mil import MilProgram  # noqa: E402
+from runtimes.mil import MilProgram, plan  # noqa: E402
 from runtimes.mil.registry import OPS  # noqa: E402
 
 Arrays = dict[str, Any]
@@ -357,6 +357,18 @@ def test_every_float16_result_is_the_rounded_float32_one():
     (got,) = evaluated("mul", {"x": x, "y": y}, {})
     assert got.dtype == np.float16
     np.testing.assert_array_equal(got, (x.astype(np.float32) * y).astype(np.float16))
+
+
+def test_a_large_constant_stays_as_it_is_stored_and_computes_as_a_small_one(monkeypatch):
+    x, weight = normal(2, 6).astype(np.float32), normal(4, 6, seed=1).astype(np.float16)
+    fed, constants = {"x": x.astype(np.float16)}, {"weight": weight}
+    (small,) = evaluated("linear", fed, constants)
+    monkeypatch.setattr(plan, "_LARGE", weight.size)
+    kept = plan._tensor(weight, "fp16")
+    assert str(kept.dtype) == "torch.float16"
+    assert kept.data_ptr() == weight.ctypes.data
+    (large,) = evaluated("linear", fed, constants)
+    np.testing.assert_array_equal(large, small)
 
 
 def test_float16_overflows_as_it_would_on_a_device():
