@@ -1,6 +1,6 @@
 """Write a tiny pipeline of random weights, a folder as diffusers writes it: what loaders and exports are tried on.
 
-python examples/make_tiny_pipeline.py --kind sd|sd2|lcm|sdxl|controlnet|unconditional|class|dit OUT [--seed 0]
+python examples/make_tiny_pipeline.py --kind sd|sd2|lcm|sdxl|controlnet|sdxl-controlnet|unconditional|class|dit OUT [--seed 0]
 
 The networks are those of the known architectures, each made narrow and shallow; the tokenizer is CLIP's
 with a vocabulary of bytes and a few words. It takes seconds and a few megabytes.
@@ -156,16 +156,25 @@ def _lcm() -> diffusers.DiffusionPipeline:
 
 def _controlnet() -> diffusers.DiffusionPipeline:
     parts = _sd().components
-    widths = (4, 8)  # of the embedding of the picture, which is twice as large as the latent
-    side = diffusers.ControlNetModel.from_unet(
-        parts["unet"], conditioning_embedding_out_channels=widths
+    return diffusers.StableDiffusionControlNetPipeline(
+        **parts, controlnet=_side_of(parts["unet"]), requires_safety_checker=False
     )
+
+
+def _sdxl_controlnet() -> diffusers.DiffusionPipeline:
+    parts = _sdxl().components
+    return diffusers.StableDiffusionXLControlNetPipeline(
+        **parts, controlnet=_side_of(parts["unet"]), add_watermarker=False
+    )
+
+
+def _side_of(unet: diffusers.UNet2DConditionModel) -> diffusers.ControlNetModel:
+    widths = (4, 8)  # of the embedding of the picture, which is twice as large as the latent
+    side = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
     for parameter in side.parameters():
         if not parameter.any():  # of the convolutions that are zero before training
             parameter.data.normal_()
-    return diffusers.StableDiffusionControlNetPipeline(
-        **parts, controlnet=side, requires_safety_checker=False
-    )
+    return side
 
 
 def _sdxl() -> diffusers.DiffusionPipeline:
@@ -208,6 +217,7 @@ KINDS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "lcm": _lcm,
     "sdxl": _sdxl,
     "controlnet": _controlnet,
+    "sdxl-controlnet": _sdxl_controlnet,
     "unconditional": _unconditional,
     "class": _classes,
     "dit": _dit,
