@@ -1,6 +1,7 @@
 """One network to one Core ML package: traced, converted, run once beside PyTorch, then put in place."""
 
 import contextlib
+import gc
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -152,6 +153,8 @@ def convert_coreml(
         msg = f"coremltools {coremltools.__version__} cannot convert this network: {error}"
         raise ContractError(msg) from error
     _describe(model, frozen.signature)
+    model._mil_program = program = None  # its weights are in the package now
+    gc.collect()
     return model
 
 
