@@ -310,6 +310,19 @@ _FAMILIES: Mapping[str, tuple[Callable[[Mapping[str, Any]], Schedule], Mapping[s
 }
 
 
+def betas_of(config: Mapping[str, Any]) -> np.ndarray:
+    """Return the betas of a scheduler's configuration as diffusers makes them, float32 (timesteps,).
+
+    Args:
+        config: Of a schedule of betas; absent keys take diffusers' defaults.
+
+    Raises:
+        ConfigError: If they are not numbers, not one for each timestep, or of a schedule that is not known.
+    """
+    _, defaults = _FAMILIES[config["_class_name"]]
+    return _betas({**defaults, **config})
+
+
 def _betas(config: Mapping[str, Any]) -> np.ndarray:
     T, given = _given(config)
     if config.get("trained_betas") is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from edgedistill.errors import ContractError, require
 from edgedistill.files import read_json, write_bytes, write_json
+from edgedistill.schedule import betas_of
 from edgedistill.stock import objections
 from edgedistill.student import Student
 from edgedistill.swift import write_swift_sources
@@ -50,7 +51,7 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
         _write_tokenizer(student, root / name)
         if "openvino" in formats:
             _write_openvino_tokenizer(root / name)
-    write_json(root / SCHEDULER, _scheduler(student))
+    write_json(root / SCHEDULER, _scheduler(student, formats))
     for name in _HALVES:
         if name in student.signatures:
             (root / name).mkdir(exist_ok=True)
@@ -81,12 +82,15 @@ def why_not(student: Student) -> str | None:
     return None
 
 
-def _scheduler(student: Student) -> dict[str, Any]:
+def _scheduler(student: Student, formats: Collection[str]) -> dict[str, Any]:
     """Return the configuration of the stock scheduler that makes the steps of a student's table."""
     import diffusers
 
-    held = student.table.annotations["scheduler"]
-    return {**held, "_diffusers_version": diffusers.__version__}
+    held = {**student.table.annotations["scheduler"], "_diffusers_version": diffusers.__version__}
+    if "openvino" in formats and held.get("beta_schedule") in ("linear", "scaled_linear"):
+        # The line that openvino.genai 2026.4 draws ends one beta early, which is 0.3 % of the last alpha.
+        held["trained_betas"] = betas_of(held).tolist()
+    return held
 
 
 def make_stock(folder: Path) -> None:
@@ -128,7 +132,7 @@ def _index(
         **({CONTROLNET: ["diffusers", "ControlNetModel"]} if controlled else {}),
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", _scheduler(student)["_class_name"]],
+        "scheduler": ["diffusers", student.table.annotations["scheduler"]["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         **({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]} if second else {}),
         **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},

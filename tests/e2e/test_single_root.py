@@ -12,25 +12,20 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
-from edgedistill.errors import BundleError, ConfigError, ContractError
 from edgedistill.files import read_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models import store
-from edgedistill.models.source import EMBEDDED_RANGE, open_source
+from edgedistill.models.source import open_source
 from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
+from edgedistill.plans import PORTABLE
 from edgedistill.student import Student
-from edgedistill.text import Tokenizer
 from export.assemble import export_student
 from export.formats import ExportOptions
-from export.single_root import layout_for, resized
-from quantize.assemble import plan
+from export.single_root import layout_for
 from quantize.config import WeightOnlyConfig
-from runtimes.report import render
-from runtimes.verify import verify
 
 pytestmark = [
     # The loaders' own: torch.jit where optimum is imported, "\." in a pattern of optimum-intel, a tokenizer's regular
@@ -43,20 +38,12 @@ pytestmark = [
 SINGLE_ROOT = "single-root"
 PROMPT = "a cat and a dog"
 STEPS = (1, 2, 4, 8)
-DDIM = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": True,
-    "steps_offset": 0,
-    "timestep_spacing": "trailing",
-}
+DDIM = {**PORTABLE, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # By the kind of the pipeline: its folder, its scheduler (None: its own), how it is guided, in how many steps.
 KINDS: dict[str, tuple[str, dict | None, float | None, Sequence[int]]] = {
     "sd": ("sd", DDIM, None, STEPS),
     "sd-cfg": ("sd", DDIM, 3.0, (2, 4)),
+    "sd2": ("sd2", {**DDIM, "prediction_type": "v_prediction"}, None, (1, 4)),
     "lcm": ("lcm", None, 4.5, (1, 2, 4)),
     "sdxl-cfg": ("sdxl", DDIM, 3.0, (2,)),
 }
@@ -158,6 +145,7 @@ LOADERS = {"diffusers": open_diffusers, "optimum-onnx": open_ort, "optimum-intel
 CLASSES = {
     "sd": "StableDiffusionPipeline",
     "sd-cfg": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
     "lcm": "LatentConsistencyModelPipeline",
     "sdxl-cfg": "StableDiffusionXLPipeline",
 }
@@ -182,7 +170,7 @@ def test_loaders_make_our_latents_and_our_picture(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_openvino_genai_makes_our_picture(exports, kind: str) -> None:
+def test_openvino_genai_makes_our_latents_and_our_picture(exports, kind: str) -> None:
     genai = pytest.importorskip("openvino_genai", reason="needs openvino-genai")
     pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
     import openvino as ov
@@ -201,10 +189,12 @@ def test_openvino_genai_makes_our_picture(exports, kind: str) -> None:
 
     for steps in exported.steps:
         settings = {"guidance_scale": exported.scale or 1.0, "num_inference_steps": steps}
-        noise = exported.noise(steps)
-        made = pipe.generate(PROMPT, generator=Given(noise), height=16, width=16, **settings)
-        picture = np.array(made.data) / np.float32(255)
-        np.testing.assert_allclose(picture, exported.ours("torch", steps)[1].clip(0, 1), atol=GREY)
+        made, states = Given(exported.noise(steps)), []
+        settings |= {"callback": lambda *told, states=states: states.append(told[2].data.copy())}
+        shown = pipe.generate(PROMPT, generator=made, height=16, width=16, **settings)
+        own_latents, own_picture = exported.ours("torch", steps)
+        np.testing.assert_allclose(states[-1], own_latents, atol=LATENTS)
+        np.testing.assert_allclose(shown.data / np.float32(255), own_picture.clip(0, 1), atol=GREY)
 
 
 @pytest.mark.slow
@@ -215,6 +205,21 @@ def test_our_runtimes_speak_the_dialects_of_loaders(exports, kind: str, runtime:
     for steps in exported.steps:
         for own, reference in zip(
             exported.ours(runtime, steps), exported.ours("torch", steps), strict=True
+        ):
+            np.testing.assert_allclose(own, reference, atol=LATENTS)
+
+
+@pytest.mark.slow
+def test_apples_graphs_of_another_prediction_and_text_encoder_make_our_latents(
+    tiny_pipelines, tmp_path
+) -> None:
+    options = ExportOptions(layout=SINGLE_ROOT, dtype="float32")
+    student = student_of(tiny_pipelines, "sd2")
+    made = export_student(student, tmp_path / "root", ["coreml"], options)
+    exported = Exported("sd2", made)
+    for steps in exported.steps:
+        for own, reference in zip(
+            exported.ours("coreml", steps), exported.ours("torch", steps), strict=True
         ):
             np.testing.assert_allclose(own, reference, atol=LATENTS)
 
@@ -261,136 +266,6 @@ def test_io_binding_spoils_their_student_without_guidance_and_not_ours(
     assert np.abs(bound - unbound).max() > 1
 
 
-@pytest.fixture(scope="module")
-def onnx_root(tiny_pipelines, tmp_path_factory) -> Bundle:
-    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
-    target = tmp_path_factory.mktemp("root") / "sd"
-    return export_student(student, target, ["onnx"], ExportOptions(layout=SINGLE_ROOT))
-
-
-NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-
-
-def test_files_lie_where_loaders_look(onnx_root: Bundle) -> None:
-    root = onnx_root.root
-    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    expected = {f"{name}/{file}" for name in NETWORKS for file in ("config.json", "model.onnx")}
-    expected |= {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")}
-    expected |= {
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "text_encoder/model.safetensors",
-        "unet/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-    }
-    assert expected <= files
-    torch_files = onnx_root.artifacts["torch-float32"].networks
-    assert {name: file.path for name, file in torch_files.items()} == {
-        "text_encoder": "text_encoder",
-        "unet": "unet",
-        "vae_decoder": "vae",
-        "vae_encoder": "vae",
-    }
-
-
-def test_the_index_names_stock_classes_only(onnx_root: Bundle) -> None:
-    index = read_json(onnx_root.root / "model_index.json")
-    assert index["_class_name"] == "StableDiffusionPipeline"
-    entries = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list)}
-    assert entries == {
-        "feature_extractor": (None, None),
-        "image_encoder": (None, None),
-        "safety_checker": (None, None),
-        "scheduler": ("diffusers", "DDIMScheduler"),
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "unet": ("diffusers", "UNet2DConditionModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-    }
-
-
-def test_another_format_joins_and_another_precision_is_refused(
-    onnx_root: Bundle, tiny_pipelines, tmp_path
-) -> None:
-    target = shutil.copytree(onnx_root.root, tmp_path / "root")
-    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
-    half = ExportOptions(layout=SINGLE_ROOT, dtype="float16")
-    both = export_student(student, target, ["openvino"], half)
-    assert sorted(both.artifacts) == ["onnx-float32", "openvino-float16", "torch-float32"]
-    assert (target / "unet/model.onnx").read_bytes() == onnx_root.path(
-        "unet/model.onnx"
-    ).read_bytes()
-    assert layout_for(student, target, None) == SINGLE_ROOT
-    with pytest.raises(BundleError, match="holds openvino in float16, and loaders look for one"):
-        export_student(student, target, ["openvino"], ExportOptions(layout=SINGLE_ROOT))
-    with pytest.raises(BundleError, match="where a path itself holds `text_encoder`"):
-        export_student(
-            student, tmp_path / "text_encoder_1", ["onnx"], ExportOptions(layout=SINGLE_ROOT)
-        )
-
-
-def test_no_loader_objects(onnx_root: Bundle) -> None:
-    found = check_layout(onnx_root.root, ["diffusers", "ort"])
-    assert [finding for finding in found if finding.level == "error"] == []
-
-
-@pytest.fixture(scope="module")
-def lcm_root(tiny_pipelines, tmp_path_factory) -> Bundle:
-    """Graphs that take a guidance scale, which Apple's packages, that hold one, joined."""
-    student = open_source(tiny_pipelines / "lcm", num_steps=2, guidance_scale=4.5)
-    root, options = tmp_path_factory.mktemp("lcm") / "root", ExportOptions(layout=SINGLE_ROOT)
-    first = export_student(student, root, ["onnx"], options)
-    made = export_student(student, root, ["coreml"], options)
-    assert made.fingerprint == first.fingerprint
-    assert export_student(student, root, ["onnx", "coreml"], options) == made
-    return made
-
-
-@pytest.mark.slow
-def test_apples_packages_hold_one_guidance_scale(lcm_root: Bundle) -> None:
-    root = lcm_root.root
-    packages = {path.name for path in (root / "coreml/packages").iterdir()}
-    assert packages == {f"Stable_Diffusion_version_model_{name}.mlpackage" for name in NETWORKS}
-    assert {path.name for path in (root / "coreml/Resources").iterdir()} == {
-        "vocab.json",
-        "merges.txt",
-    }
-    assert (root / "coreml/compile_on_mac.sh").stat().st_mode & 0o100
-    errors = [item for item in check_layout(root, ["swift"]) if item.level == "error"]
-    assert errors == []
-    scales = {name: item.guidance_scale for name, item in lcm_root.artifacts.items()}
-    assert scales == {"torch-float32": None, "onnx-float32": None, "coreml-float16": 4.5}
-    smaller = plan(lcm_root, WeightOnlyConfig("palette6"), ["coreml"]).jobs[0].result
-    assert smaller.guidance_scale == 4.5
-    assert lcm_root.table.guidance.range == EMBEDDED_RANGE
-    ours, reference = (
-        load(lcm_root, runtime)(prompt=PROMPT, seed=5).array for runtime in ("coreml", "torch")
-    )
-    assert snr_db(reference, ours) >= 45.0
-    one, other = (
-        load(lcm_root, "onnxruntime")(prompt=PROMPT, seed=5, guidance_scale=scale).array
-        for scale in (4.5, 2.0)
-    )
-    assert snr_db(reference, one) >= 100.0 > snr_db(reference, other)
-    with pytest.raises(ContractError, match="guidance is 'baked' at scale 4.5"):
-        load(lcm_root, "coreml")(prompt=PROMPT, guidance_scale=2.0)
-
-
-@pytest.mark.slow
-def test_parity_of_a_scale_that_lies_in_the_graphs_is_on_samples_of_that_scale(
-    lcm_root: Bundle,
-) -> None:
-    report = verify([lcm_root])
-    compared = {item.name: item for item in report.artifacts}
-    assert report.failures == ()
-    assert "w" in compared["onnx-float32"].sensitivity
-    apples = compared["coreml-float16"]
-    assert apples.output.shape == apples.reference.shape
-    assert len(apples.output) == 6  # of 8, two of which are of the far end of the range
-    assert {*apples.sensitivity, *apples.faint} == {"input_ids"}
-    assert "coreml-float16" in render(report)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "openvino"])
 def test_free_sizes_make_pictures_of_any(tiny_pipelines, tmp_path, form, monkeypatch) -> None:
@@ -430,76 +305,9 @@ def test_a_student_with_guidance_as_input_is_a_latent_consistency_model(
         np.testing.assert_allclose(exported.ours(runtime, 1)[1].clip(0, 1), picture, atol=LATENTS)
 
 
-def test_pixel_students_stay_bundles(student, tmp_path) -> None:
-    assert layout_for(student, tmp_path, None) == "bundle"
-    with pytest.raises(ConfigError, match=r"loaders know no pipeline with networks unet \(Ext"):
-        layout_for(student, tmp_path, SINGLE_ROOT)
-
-
-def test_words_are_made_of_a_single_file(onnx_root: Bundle, tiny_pipelines, tmp_path) -> None:
-    from transformers import CLIPTokenizer
-
-    import export.loader_files as files
-
-    source = tiny_pipelines / "sd" / "tokenizer"
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(
-        (source / "tokenizer.json").read_bytes()
-    )
-    files._derive_words(tmp_path / "tokenizer")
-    made = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", model_max_length=77)
-    prompts = [PROMPT, "", "a bowl of fruit, 3 ships!"]
-    theirs = made(prompts, padding="max_length", truncation=True, return_tensors="np").input_ids
-    ours = Tokenizer.open(onnx_root.root / "tokenizer").encode(prompts, 77)
-    np.testing.assert_array_equal(theirs, ours)
-
-
-def test_what_no_loader_could_run_stays_a_bundle(tiny_pipelines, tmp_path) -> None:
-    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
-    assert layout_for(student, tmp_path, None) == SINGLE_ROOT
-    (row,) = student.table.rows
-    (stage,) = student.table.stages
-    earlier = dataclasses.replace(stage, rows=(dataclasses.replace(row, feeds={"timestep": 9.0}),))
-    for change, problem in (
-        ({"stages": (earlier,)}, "a sampler that its DDIMScheduler does not make: at step 0 its"),
-        ({"annotations": {}}, "a sampler that no scheduler of diffusers makes"),
-    ):
-        other = dataclasses.replace(student, table=dataclasses.replace(student.table, **change))
-        assert layout_for(other, tmp_path, None) == "bundle"
-        with pytest.raises(ConfigError, match=f"loaders know no pipeline with {problem}"):
-            layout_for(other, tmp_path, SINGLE_ROOT)
-
-
-def test_the_openvino_tokenizer_reads_as_ours(onnx_root: Bundle, tmp_path) -> None:
-    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
-    import openvino as ov
-
-    import export.loader_files as files
-
-    folder = shutil.copytree(onnx_root.root / "tokenizer", tmp_path / "tokenizer")
-    files._write_openvino_tokenizer(folder)
-    compiled = ov.Core().compile_model(folder / "openvino_tokenizer.xml", "CPU")
-    for prompt in (PROMPT, "", "a bowl of fruit, 3 ships!"):
-        ids = compiled([prompt])["input_ids"][0]
-        np.testing.assert_array_equal(
-            ids, Tokenizer.open(folder).encode([prompt], 77)[0][: len(ids)]
-        )
-
-
-def test_another_size_is_another_signature(tiny_pipelines) -> None:
-    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
-    tall = resized(student, 32, None)
-    assert tall.table.stages[0].shape == (4, 16, 8)
-    assert tall.signatures["unet"].inputs[0].shape == ("batch", 4, 16, 8)
-    assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
-    with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
-        resized(student, 30, None)
-
-
 @pytest.mark.slow
 def test_smaller_networks_take_the_place_of_their_sources(exports, tmp_path, monkeypatch) -> None:
     from quantize.assemble import quantize_bundle
-    from quantize.config import WeightOnlyConfig
 
     exported = exports("sd")
     made = quantize_bundle(

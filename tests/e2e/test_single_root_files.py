@@ -1,0 +1,227 @@
+"""What a single root holds, where, and what cannot be one."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from edgedistill.agreement import snr_db
+from edgedistill.bundle import Bundle
+from edgedistill.errors import BundleError, ConfigError, ContractError
+from edgedistill.files import read_json
+from edgedistill.layout.checking import check_layout
+from edgedistill.models.source import EMBEDDED_RANGE, open_source
+from edgedistill.pipeline import load
+from edgedistill.plans import PORTABLE
+from edgedistill.text import Tokenizer
+from export.assemble import export_student
+from export.formats import ExportOptions
+from export.single_root import layout_for, resized
+from quantize.assemble import plan
+from quantize.config import WeightOnlyConfig
+from runtimes.report import render
+from runtimes.verify import verify
+
+pytestmark = [
+    # openvino-tokenizers' own: a tokenizer's regular expression, and what transformers says when it is read.
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+SINGLE_ROOT = "single-root"
+PROMPT = "a cat and a dog"
+DDIM = {**PORTABLE, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+
+@pytest.fixture(scope="module")
+def onnx_root(tiny_pipelines, tmp_path_factory) -> Bundle:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    target = tmp_path_factory.mktemp("root") / "sd"
+    return export_student(student, target, ["onnx"], ExportOptions(layout=SINGLE_ROOT))
+
+
+def test_files_lie_where_loaders_look(onnx_root: Bundle) -> None:
+    root = onnx_root.root
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    expected = {f"{name}/{file}" for name in NETWORKS for file in ("config.json", "model.onnx")}
+    expected |= {f"tokenizer/{name}" for name in ("vocab.json", "merges.txt")}
+    expected |= {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert expected <= files
+    torch_files = onnx_root.artifacts["torch-float32"].networks
+    assert {name: file.path for name, file in torch_files.items()} == {
+        "text_encoder": "text_encoder",
+        "unet": "unet",
+        "vae_decoder": "vae",
+        "vae_encoder": "vae",
+    }
+
+
+def test_the_index_names_stock_classes_only(onnx_root: Bundle) -> None:
+    index = read_json(onnx_root.root / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    entries = {name: tuple(entry) for name, entry in index.items() if isinstance(entry, list)}
+    assert entries == {
+        "feature_extractor": (None, None),
+        "image_encoder": (None, None),
+        "safety_checker": (None, None),
+        "scheduler": ("diffusers", "DDIMScheduler"),
+        "text_encoder": ("transformers", "CLIPTextModel"),
+        "tokenizer": ("transformers", "CLIPTokenizer"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "vae": ("diffusers", "AutoencoderKL"),
+    }
+
+
+def test_another_format_joins_and_another_precision_is_refused(
+    onnx_root: Bundle, tiny_pipelines, tmp_path
+) -> None:
+    target = shutil.copytree(onnx_root.root, tmp_path / "root")
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    half = ExportOptions(layout=SINGLE_ROOT, dtype="float16")
+    both = export_student(student, target, ["openvino"], half)
+    assert sorted(both.artifacts) == ["onnx-float32", "openvino-float16", "torch-float32"]
+    assert (target / "unet/model.onnx").read_bytes() == onnx_root.path(
+        "unet/model.onnx"
+    ).read_bytes()
+    assert layout_for(student, target, None) == SINGLE_ROOT
+    with pytest.raises(BundleError, match="holds openvino in float16, and loaders look for one"):
+        export_student(student, target, ["openvino"], ExportOptions(layout=SINGLE_ROOT))
+    with pytest.raises(BundleError, match="where a path itself holds `text_encoder`"):
+        export_student(
+            student, tmp_path / "text_encoder_1", ["onnx"], ExportOptions(layout=SINGLE_ROOT)
+        )
+
+
+def test_no_loader_objects(onnx_root: Bundle) -> None:
+    found = check_layout(onnx_root.root, ["diffusers", "ort"])
+    assert [finding for finding in found if finding.level == "error"] == []
+
+
+@pytest.fixture(scope="module")
+def lcm_root(tiny_pipelines, tmp_path_factory) -> Bundle:
+    """Graphs that take a guidance scale, which Apple's packages, that hold one, joined."""
+    student = open_source(tiny_pipelines / "lcm", num_steps=2, guidance_scale=4.5)
+    root, options = tmp_path_factory.mktemp("lcm") / "root", ExportOptions(layout=SINGLE_ROOT)
+    first = export_student(student, root, ["onnx"], options)
+    made = export_student(student, root, ["coreml"], options)
+    assert made.fingerprint == first.fingerprint
+    assert export_student(student, root, ["onnx", "coreml"], options) == made
+    return made
+
+
+@pytest.mark.slow
+def test_apples_packages_hold_one_guidance_scale(lcm_root: Bundle) -> None:
+    root = lcm_root.root
+    packages = {path.name for path in (root / "coreml/packages").iterdir()}
+    assert packages == {f"Stable_Diffusion_version_model_{name}.mlpackage" for name in NETWORKS}
+    assert {path.name for path in (root / "coreml/Resources").iterdir()} == {
+        "vocab.json",
+        "merges.txt",
+    }
+    assert (root / "coreml/compile_on_mac.sh").stat().st_mode & 0o100
+    errors = [item for item in check_layout(root, ["swift"]) if item.level == "error"]
+    assert errors == []
+    scales = {name: item.guidance_scale for name, item in lcm_root.artifacts.items()}
+    assert scales == {"torch-float32": None, "onnx-float32": None, "coreml-float16": 4.5}
+    smaller = plan(lcm_root, WeightOnlyConfig("palette6"), ["coreml"]).jobs[0].result
+    assert smaller.guidance_scale == 4.5
+    assert lcm_root.table.guidance.range == EMBEDDED_RANGE
+    ours, reference = (
+        load(lcm_root, runtime)(prompt=PROMPT, seed=5).array for runtime in ("coreml", "torch")
+    )
+    assert snr_db(reference, ours) >= 45.0
+    one, other = (
+        load(lcm_root, "onnxruntime")(prompt=PROMPT, seed=5, guidance_scale=scale).array
+        for scale in (4.5, 2.0)
+    )
+    assert snr_db(reference, one) >= 100.0 > snr_db(reference, other)
+    with pytest.raises(ContractError, match="guidance is 'baked' at scale 4.5"):
+        load(lcm_root, "coreml")(prompt=PROMPT, guidance_scale=2.0)
+
+
+@pytest.mark.slow
+def test_parity_of_a_scale_that_lies_in_the_graphs_is_on_samples_of_that_scale(
+    lcm_root: Bundle,
+) -> None:
+    report = verify([lcm_root])
+    compared = {item.name: item for item in report.artifacts}
+    assert report.failures == ()
+    assert "w" in compared["onnx-float32"].sensitivity
+    apples = compared["coreml-float16"]
+    assert apples.output.shape == apples.reference.shape
+    assert len(apples.output) == 6  # of 8, two of which are of the far end of the range
+    assert {*apples.sensitivity, *apples.faint} == {"input_ids"}
+    assert "coreml-float16" in render(report)
+
+
+def test_pixel_students_stay_bundles(student, tmp_path) -> None:
+    assert layout_for(student, tmp_path, None) == "bundle"
+    with pytest.raises(ConfigError, match=r"loaders know no pipeline with networks unet \(Ext"):
+        layout_for(student, tmp_path, SINGLE_ROOT)
+
+
+def test_words_are_made_of_a_single_file(onnx_root: Bundle, tiny_pipelines, tmp_path) -> None:
+    from transformers import CLIPTokenizer
+
+    import export.loader_files as files
+
+    source = tiny_pipelines / "sd" / "tokenizer"
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_bytes(
+        (source / "tokenizer.json").read_bytes()
+    )
+    files._derive_words(tmp_path / "tokenizer")
+    made = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer", model_max_length=77)
+    prompts = [PROMPT, "", "a bowl of fruit, 3 ships!"]
+    theirs = made(prompts, padding="max_length", truncation=True, return_tensors="np").input_ids
+    ours = Tokenizer.open(onnx_root.root / "tokenizer").encode(prompts, 77)
+    np.testing.assert_array_equal(theirs, ours)
+
+
+def test_what_no_loader_could_run_stays_a_bundle(tiny_pipelines, tmp_path) -> None:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    assert layout_for(student, tmp_path, None) == SINGLE_ROOT
+    (row,) = student.table.rows
+    (stage,) = student.table.stages
+    earlier = dataclasses.replace(stage, rows=(dataclasses.replace(row, feeds={"timestep": 9.0}),))
+    for change, problem in (
+        ({"stages": (earlier,)}, "a sampler that its DDIMScheduler does not make: at step 0 its"),
+        ({"annotations": {}}, "a sampler that no scheduler of diffusers makes"),
+    ):
+        other = dataclasses.replace(student, table=dataclasses.replace(student.table, **change))
+        assert layout_for(other, tmp_path, None) == "bundle"
+        with pytest.raises(ConfigError, match=f"loaders know no pipeline with {problem}"):
+            layout_for(other, tmp_path, SINGLE_ROOT)
+
+
+def test_the_openvino_tokenizer_reads_as_ours(onnx_root: Bundle, tmp_path) -> None:
+    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
+    import openvino as ov
+
+    import export.loader_files as files
+
+    folder = shutil.copytree(onnx_root.root / "tokenizer", tmp_path / "tokenizer")
+    files._write_openvino_tokenizer(folder)
+    compiled = ov.Core().compile_model(folder / "openvino_tokenizer.xml", "CPU")
+    for prompt in (PROMPT, "", "a bowl of fruit, 3 ships!"):
+        ids = compiled([prompt])["input_ids"][0]
+        np.testing.assert_array_equal(
+            ids, Tokenizer.open(folder).encode([prompt], 77)[0][: len(ids)]
+        )
+
+
+def test_another_size_is_another_signature(tiny_pipelines) -> None:
+    student = open_source(tiny_pipelines / "sd", num_steps=1, scheduler=DDIM)
+    tall = resized(student, 32, None)
+    assert tall.table.stages[0].shape == (4, 16, 8)
+    assert tall.signatures["unet"].inputs[0].shape == ("batch", 4, 16, 8)
+    assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
+    with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
+        resized(student, 30, None)
