@@ -44,6 +44,10 @@ from quantize.with_nncf import compress_nncf
 RUN = Path(__file__).with_name("bench_decoder_run.py")
 WRITERS: Mapping[str, Any] = {"onnx": write_onnx, "openvino": write_openvino}
 NETWORKS = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}
+SCALES = {
+    "kl": 0.18215,
+    "tiny": 1.0,
+}  # what latents are multiplied by before a diffusion network sees them
 CONFIGS: Mapping[str, Config] = {"int8-weights": WeightOnlyConfig("int8"), "int8": PtqConfig()}
 FACTOR, CHANNELS = 8, 4
 CALIBRATION = (3, 32)  # latents and their sides
@@ -100,7 +104,7 @@ def prepare(work: Path) -> None:
     for name, kind in NETWORKS.items():
         folder = work / name
         if not (folder / "done").is_file():
-            write(decoder_of(kind), folder)
+            write(decoder_of(kind), SCALES[name], folder)
             (folder / "done").touch()
 
 
@@ -113,11 +117,11 @@ def decoder_of(kind: str) -> VaeDecoder:
     return VaeDecoder(store.build(config), (64, 64)).eval()
 
 
-def write(decoder: VaeDecoder, folder: Path) -> None:
+def write(decoder: VaeDecoder, scale: float, folder: Path) -> None:
     """Write a decoder as loaders of pipelines want it, sizes free, and make it smaller."""
     generator = torch.Generator().manual_seed(1)
     count, side = CALIBRATION
-    latents = torch.randn(count, CHANNELS, side, side, generator=generator) / scale_of(decoder)
+    latents = torch.randn(count, CHANNELS, side, side, generator=generator) / scale
     batches = [{"latent_sample": latent[None].numpy()} for latent in latents]
     for form, writer in WRITERS.items():
         source = folder / "float32" / FILES[form]
@@ -127,11 +131,6 @@ def write(decoder: VaeDecoder, folder: Path) -> None:
         print(source, f"{told['snr_db']:.1f} dB", file=sys.stderr)
         for precision, config in CONFIGS.items():
             compress_nncf(source, folder / precision / FILES[form], form, config, batches)
-
-
-def scale_of(decoder: VaeDecoder) -> float:
-    """Return what latents are multiplied by before a diffusion network sees them."""
-    return float(decoder.config["scaling_factor"])
 
 
 def possible(form: str, way: Way) -> bool:
@@ -149,7 +148,7 @@ def run_once(form: str, way: Way, options: argparse.Namespace) -> tuple[dict[str
     """Decode in a fresh process; return its figures and the picture."""
     picture = options.work / "picture.npy"
     path = options.work / way.network / way.weights / FILES[form]
-    words = [sys.executable, RUN, form, path, options.work / "latent.npy", picture]
+    words = [sys.executable, RUN, form, path, options.work / f"{way.network}.npy", picture]
     words += ["--runs", options.runs, "--precision", way.arithmetic]
     words += [] if way.tile is None else ["--tile", way.tile]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
@@ -231,7 +230,8 @@ def main() -> int:
     prepare(options.work)
     side = options.side // FACTOR
     latent = np.random.default_rng(0).standard_normal((1, CHANNELS, side, side))
-    np.save(options.work / "latent.npy", latent.astype(np.float32))
+    for network, scale in SCALES.items():
+        np.save(options.work / f"{network}.npy", (latent / scale).astype(np.float32))
     before = os.getloadavg()[0]
     decoders = measure(options)
     record = {

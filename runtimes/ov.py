@@ -54,14 +54,18 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
 
 
 class _Compiled:
-    """A model, compiled for the shapes of its first call, which is the fastest; other calls share one with free shapes."""
+    """A model, compiled for the shapes of its first call, which is the fastest, and for any once others come.
+
+    What was compiled for the first is given up before: the weights are never held twice.
+    """
 
     def __init__(
         self, ov: Any, core: Any, path: Path, device: str, settings: Mapping[str, Any]
     ) -> None:
         self.ov, self.core, self.path, self.device, self.settings = ov, core, path, device, settings
-        self.requests: dict[tuple[Any, ...], Any] = {}
-        self.weights: list[np.ndarray] = []  # what is compiled points into them
+        self.shapes: Mapping[str, tuple[int, ...]] | None = None  # None: any
+        self.known: Any = None
+        self.weights: np.ndarray | None = None  # what is compiled points into them
 
     def read(self) -> Any:
         """Read the model; its weights are not in memory before it is compiled."""
@@ -69,17 +73,15 @@ class _Compiled:
 
     def request(self, shapes: Mapping[str, tuple[int, ...]]) -> Any:
         """Return what runs inputs of these shapes."""
-        key = tuple(sorted(shapes.items()))
-        known = self.requests.get(key, self.requests.get(()))
-        if known is None:
+        if self.known is None or self.shapes not in (None, shapes):
+            self.shapes = shapes if self.known is None else None
+            self.known = self.weights = None
             with self._passing() as model:
-                if self.requests:
-                    key = ()
-                else:
+                if self.shapes is not None:
                     model.reshape({name: list(shape) for name, shape in shapes.items()})
                 compiled = self._told(self.core.compile_model, model, self.device, self.settings)
-            known = self.requests[key] = compiled.create_infer_request()
-        return known
+            self.known = compiled.create_infer_request()
+        return self.known
 
     @contextlib.contextmanager
     def _passing(self) -> Iterator[Any]:
@@ -89,7 +91,7 @@ class _Compiled:
             yield self.read()
             return
         with passing(weights) as array:
-            self.weights.append(array)
+            self.weights = array
             held = self.ov.Tensor(array, shared_memory=True)
             yield self._told(self.core.read_model, self.path.read_bytes(), held)
 
