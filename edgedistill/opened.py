@@ -1,7 +1,9 @@
 """Networks of an artifact, open while they are needed."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 
+from edgedistill import free_memory
 from edgedistill.bundle import NetworkFile
 from edgedistill.network import CheckedNetwork, Session
 
@@ -36,10 +38,10 @@ class Networks(Mapping[str, CheckedNetwork]):
         self._used.add(name)
         if name not in self._opened:
             self.close_unused()
-            closed = set(self._opened) if name in self._alone else self._alone
-            self._opened = {k: net for k, net in self._opened.items() if k not in closed}
+            self._close(set(self._opened) if name in self._alone else self._alone)
             same = (net.session for k, net in self._opened.items() if self._files[k] == file)
             session = next(same, None) or self._opener(file)
+            free_memory.give_back()  # what it took to open it
             self._opened[name] = CheckedNetwork(name, file.signature, session)
         return self._opened[name]
 
@@ -66,5 +68,9 @@ class Networks(Mapping[str, CheckedNetwork]):
 
     def close_unused(self) -> None:
         """Close what the request has not used."""
-        kept = self._used | self._lasting
-        self._opened = {name: network for name, network in self._opened.items() if name in kept}
+        self._close(set(self._opened) - self._used - self._lasting)
+
+    def _close(self, names: AbstractSet[str]) -> None:
+        if names & self._opened.keys():
+            self._opened = {k: network for k, network in self._opened.items() if k not in names}
+            free_memory.give_back()
