@@ -10,7 +10,7 @@ demo: .venv/done  ## The whole way in minutes: demo/report.html, demo/report.jso
 	$(BIN)/edgedistill demo -o demo
 
 test: .venv/done check  ## Linters, types, import contracts, tests, the wheel.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: .venv/done
 	$(BIN)/ruff format --check .
