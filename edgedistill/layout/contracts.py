@@ -207,7 +207,7 @@ def signature(
 def _residuals(sizes: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
     """Return what a ControlNet gives and its UNet takes, as far as the configuration tells."""
     kinds = {"block_out_channels": list, "layers_per_block": int, "sample_size": list}
-    if not all(isinstance(sizes.get(key), kind) for key, kind in kinds.items()):
+    if not all(sizes.get(key) and isinstance(sizes[key], kind) for key, kind in kinds.items()):
         return ()
     return tuple(
         _spec(f"{_RESIDUAL}{i}", "residual", dtype, BATCH, *shape)

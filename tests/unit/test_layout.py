@@ -886,6 +886,10 @@ def test_every_tensor_between_a_controlnet_and_its_denoiser_is_held_to(folder, n
             *("swift", CONTROL[0], "additional_residual_6"),
         ),
         (
+            _edit("controlnet/config.json", "block_out_channels", to=[]),
+            *("swift", CONTROL[0], "outputs "),
+        ),
+        (
             _text(MODELC.format("controlnet/Edges").replace("metadata.json", "a"), ""),
             *("swift", MODELC.format("controlnet/Edges"), "the compiler's description"),
         ),
