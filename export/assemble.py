@@ -260,7 +260,8 @@ def _add(
     reports = [dict(held.made_with)] if held else []
     written = {(digest(student.folder(name)), f.signature): f.path for name, f in files.items()}
     for name, (network, signature) in _graphs(student, networks, job, names).items():
-        own = job.path(name, controlled=signature.input("residual") is not None)
+        residuals = signature.input("residual") is not None
+        own = job.path(name, student.name, controlled=residuals)
         weights = digest(student.folder(name)) if name in student.signatures else name
         path = written.setdefault((weights, signature), own)
         if path == own:

@@ -175,11 +175,11 @@ class Job:
         """One of `export.layouts.LAYOUTS`."""
         return str(self.settings.get("layout", BUNDLE))
 
-    def path(self, network: str, *, controlled: bool = False) -> str:
-        """Return where the file of a network lies, which may take residuals of a ControlNet."""
-        kind = self.name.removeprefix(f"{self.format}-")
-        suffix = FORMATS[self.format].suffix
-        return place(self.layout, self.format, kind, network, suffix, controlled=controlled)
+    def path(self, network: str, model: str, *, controlled: bool = False) -> str:
+        """Return where the file of a network of a model lies, which may take residuals of a ControlNet."""
+        kind, suffix = self.name.removeprefix(f"{self.format}-"), FORMATS[self.format].suffix
+        told: dict[str, Any] = {"model": model, "controlled": controlled}
+        return place(self.layout, self.format, kind, network, suffix, **told)
 
     @property
     def sampler(self) -> str | None:

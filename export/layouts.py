@@ -1,5 +1,7 @@
 """Where the files of networks lie: by format in a bundle, by network where the loaders of pipelines look."""
 
+import re
+
 BUNDLE, SINGLE_ROOT = "bundle", "single-root"
 LAYOUTS = (BUNDLE, SINGLE_ROOT)
 INDEX = "model_index.json"
@@ -19,6 +21,7 @@ def place(
     network: str,
     suffix: str = "",
     *,
+    model: str = "",
     controlled: bool = False,
 ) -> str:
     """Return the path of a network's file, or of the folder of its weights, in a bundle.
@@ -29,6 +32,7 @@ def place(
         precision: Of the artifact; a single root holds one per format.
         network: Its name.
         suffix: Of the file.
+        model: Name of the model, which Apple's names tell, as their converter writes it.
         controlled: Whether it takes residuals of a ControlNet, which Apple's names tell.
     """
     if layout == BUNDLE:
@@ -39,5 +43,6 @@ def place(
         if network == CONTROLNET:
             return f"{PACKAGES}/ControlNet_control{suffix}"
         name = f"control-{network}" if controlled else network
-        return f"{PACKAGES}/Stable_Diffusion_version_model_{name}{suffix}"
+        version = re.sub(r"[^A-Za-z0-9_.-]", "_", model)
+        return f"{PACKAGES}/Stable_Diffusion_version_{version}_{name}{suffix}"
     return f"{network}/{_GRAPHS[form]}"

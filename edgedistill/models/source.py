@@ -1,5 +1,6 @@
 """What can be exported: a student's folder as it is, a pipeline or a network of diffusers' with a table compiled for it."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from edgedistill.models.parts import (
     CONTROLNETS,
     DENOISERS,
     ENCODERS,
+    INDEX,
     Parts,
     conditions_of,
     find_parts,
@@ -87,12 +89,19 @@ def open_source(
     networks = sketch.networks
     return Student(
         root,
-        root.resolve().name,
+        name_of(root),
         table,
         {name: store.signature(network) for name, network in networks.items()},
         {"source": str(parts.index.get("_class_name") or store.class_name(sketch.denoiser))},
         folders=sketch.folders,
     )
+
+
+def name_of(root: Path) -> str:
+    """Return what a pipeline is called where it is from, ``owner/name``, or else its folder's name."""
+    index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
+    told = str(index.get("_name_or_path"))
+    return told if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", told) else root.resolve().name
 
 
 def open_network(student: Student, name: str) -> nn.Module:

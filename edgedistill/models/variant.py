@@ -17,7 +17,7 @@ from edgedistill.files import read_json, sha256, write_json
 from edgedistill.models import store
 from edgedistill.models.lora_file import PARTS, Layers, add_updates, read_lora
 from edgedistill.models.parts import AUTOENCODERS, CONTROLNET, CONTROLNETS, INDEX, PROMPTS
-from edgedistill.models.source import open_source
+from edgedistill.models.source import name_of, open_source
 from edgedistill.student import Student
 from edgedistill.weight_files import (
     DIFFUSERS,
@@ -90,7 +90,7 @@ def open_variant(
         BundleError: If a file is missing, damaged, a pickle, or for another network.
         ConfigError: As `open_source`.
     """
-    name = root.resolve().name
+    name = name_of(root)
     if variant is not None:
         root = _of_variant(root, place / "variant", variant)
     open_source(root, **asked)  # refuses what cannot be taken before there is any work

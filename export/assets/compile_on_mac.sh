@@ -11,23 +11,23 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here"
 
 compile() {
-    package="packages/$1.mlpackage"
-    [ -d "$package" ] || return 0
-    place=$(mktemp -d)
-    xcrun coremlcompiler compile "$package" "$place"
-    mkdir -p "$(dirname "Resources/$2")"
-    rm -rf "Resources/$2.mlmodelc"
-    mv "$place"/*.mlmodelc "Resources/$2.mlmodelc"
-    rmdir "$place"
+    for package in packages/$1.mlpackage; do
+        [ -d "$package" ] || return 0
+        place=$(mktemp -d)
+        xcrun coremlcompiler compile "$package" "$place"
+        mkdir -p "$(dirname "Resources/$2")"
+        rm -rf "Resources/$2.mlmodelc"
+        mv "$place"/*.mlmodelc "Resources/$2.mlmodelc"
+        rmdir "$place"
+    done
 }
 
-part=Stable_Diffusion_version_model_
-compile ${part}text_encoder TextEncoder
-compile ${part}text_encoder_2 TextEncoder2
-compile ${part}unet Unet
-compile ${part}control-unet ControlledUnet
-compile ${part}vae_decoder VAEDecoder
-compile ${part}vae_encoder VAEEncoder
+compile "Stable_Diffusion_version_*_text_encoder" TextEncoder
+compile "Stable_Diffusion_version_*_text_encoder_2" TextEncoder2
+compile "Stable_Diffusion_version_*_unet" Unet
+compile "Stable_Diffusion_version_*_control-unet" ControlledUnet
+compile "Stable_Diffusion_version_*_vae_decoder" VAEDecoder
+compile "Stable_Diffusion_version_*_vae_encoder" VAEEncoder
 compile ControlNet_control controlnet/Control
 
 edgedistill parity .. --runtime coreml --device "${1:-all}" --json > report.json

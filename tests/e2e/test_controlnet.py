@@ -141,12 +141,12 @@ def test_apples_packages_are_those_of_a_controlnet(single: Path, wanted: np.ndar
     assert snr_db(wanted, ours(single, runtime="coreml")) >= 45.0
     packages = single / "coreml/packages"
     parts = ("control-unet", "text_encoder", "vae_decoder", "vae_encoder")
-    names = {f"Stable_Diffusion_version_model_{part}.mlpackage" for part in parts}
+    names = {f"Stable_Diffusion_version_sd_{part}.mlpackage" for part in parts}
     assert {path.name for path in packages.iterdir()} == {*names, "ControlNet_control.mlpackage"}
     script = (single / "coreml/compile_on_mac.sh").read_text(encoding="utf-8")
     assert "compile ControlNet_control controlnet/Control" in script
     side = read_graph(packages / "ControlNet_control.mlpackage")
-    unet = read_graph(packages / "Stable_Diffusion_version_model_control-unet.mlpackage")
+    unet = read_graph(packages / "Stable_Diffusion_version_sd_control-unet.mlpackage")
     shared = ["sample", "timestep", "encoder_hidden_states"]
     assert [item.name for item in side.inputs] == [*shared, "controlnet_cond"]
     assert [item.name for item in unet.outputs] == ["noise_pred"]

@@ -1,7 +1,9 @@
 """What a single root holds, where, and what cannot be one."""
 
 import dataclasses
+import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
 from edgedistill.errors import BundleError, ConfigError, ContractError
-from edgedistill.files import read_json
+from edgedistill.files import read_json, write_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models.source import EMBEDDED_RANGE, open_source
 from edgedistill.pipeline import load
@@ -17,6 +19,7 @@ from edgedistill.plans import PORTABLE
 from edgedistill.text import Tokenizer
 from export.assemble import export_student
 from export.formats import ExportOptions
+from export.layouts import place
 from export.single_root import layout_for, resized
 from quantize.assemble import plan
 from quantize.config import WeightOnlyConfig
@@ -120,7 +123,7 @@ def lcm_root(tiny_pipelines, tmp_path_factory) -> Bundle:
 def test_apples_packages_hold_one_guidance_scale(lcm_root: Bundle) -> None:
     root = lcm_root.root
     packages = {path.name for path in (root / "coreml/packages").iterdir()}
-    assert packages == {f"Stable_Diffusion_version_model_{name}.mlpackage" for name in NETWORKS}
+    assert packages == {f"Stable_Diffusion_version_lcm_{name}.mlpackage" for name in NETWORKS}
     assert {path.name for path in (root / "coreml/Resources").iterdir()} == {
         "vocab.json",
         "merges.txt",
@@ -144,6 +147,41 @@ def test_apples_packages_hold_one_guidance_scale(lcm_root: Bundle) -> None:
     assert snr_db(reference, one) >= 100.0 > snr_db(reference, other)
     with pytest.raises(ContractError, match="guidance is 'baked' at scale 4.5"):
         load(lcm_root, "coreml")(prompt=PROMPT, guidance_scale=2.0)
+
+
+@pytest.mark.slow
+def test_the_script_compiles_what_apples_swift_package_looks_for(
+    lcm_root: Bundle, tmp_path
+) -> None:
+    folder = shutil.copytree(lcm_root.root / "coreml", tmp_path / "coreml")
+    for name, script in (
+        ("xcrun", 'mkdir "$4/any.mlmodelc"; echo "$3" > "$4/any.mlmodelc/made"'),
+        ("edgedistill", 'echo "{}"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    paths = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", folder / "compile_on_mac.sh"], env=paths, check=True)
+    made = {path.parent.name: path.read_text() for path in folder.glob("Resources/*/made")}
+    names = ("TextEncoder", "Unet", "VAEDecoder", "VAEEncoder")
+    assert made == {
+        f"{name}.mlmodelc": f"packages/Stable_Diffusion_version_lcm_{network}.mlpackage\n"
+        for name, network in zip(names, NETWORKS, strict=True)
+    }
+
+
+def test_a_pipeline_is_called_as_where_it_is_from(tiny_pipelines, tmp_path) -> None:
+    folder = shutil.copytree(tiny_pipelines / "sd", tmp_path / "a copy")
+    index = read_json(folder / "model_index.json")
+    for told, name in (
+        ("owner/model-1.5", "owner/model-1.5"),
+        ("/home/me/model", "a copy"),
+        (None, "a copy"),
+    ):
+        write_json(folder / "model_index.json", {**index, "_name_or_path": told})
+        assert open_source(folder, num_steps=1).name == name
+    package = place(SINGLE_ROOT, "coreml", "float16", "unet", ".mlpackage", model="owner/a copy")
+    assert package == "coreml/packages/Stable_Diffusion_version_owner_a_copy_unet.mlpackage"
 
 
 @pytest.mark.slow
