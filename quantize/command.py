@@ -26,7 +26,7 @@ examples:
   edgedistill quantize demo/bundle smaller --weight-format int8
   edgedistill quantize demo/bundle smaller --quant-mode int8
   edgedistill quantize demo/bundle smaller --weight-format palette6 --only coreml
-  edgedistill quantize pipeline smaller --quant-mode int8 --networks unet
+  edgedistill quantize demo/bundle smaller --quant-mode int8 --networks unet
   edgedistill quantize demo/bundle smaller --quant-mode int8 --num-samples 32 \\
       --ignored-scope '.*conv_in.*' '.*conv_out.*' '.*time_emb.*'
 

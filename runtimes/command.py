@@ -30,6 +30,7 @@ examples:
 Sample i is made from seed + i alone: neither -n nor the runtime changes its noise.
 --class and --prompt take one, or several that take turns; left out, all classes or examples take turns.
 --image is edited: with --strength as a whole, with --mask where the mask is white.
+--vae-tiling needs a decoder of free sizes, such as `export onnx ... --dynamic` writes of a pipeline.
 """
 _PARITY_EPILOG = """\
 examples:
