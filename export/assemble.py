@@ -55,6 +55,7 @@ from .networks import (
 )
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects
+from .stages import about
 from .worker import ALONE_ABOVE, called, in_child, works_alone
 
 CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
@@ -266,11 +267,12 @@ def _add(
         path = written.setdefault((weights, signature), own)
         if path == own:
             place_of = draft.root / path
-            if works_alone(isolate, weight_bytes(network)):
-                report, used = in_child(_write_alone, student, job, name, place_of)
-                reports.append({**report, **asdict(used)})
-            else:
-                reports.append(_write(network, signature, job, place_of, consume=False))
+            with about(name):
+                if works_alone(isolate, weight_bytes(network)):
+                    report, used = in_child(_write_alone, student, job, name, place_of)
+                    reports.append({**report, **asdict(used)})
+                else:
+                    reports.append(_write(network, signature, job, place_of, consume=False))
         files[name] = NetworkFile(path, signature)
     made_with = {
         **reports[0],

@@ -13,6 +13,8 @@ from edgedistill.contract import Signature
 from edgedistill.errors import CheckFailedError
 from edgedistill.network import Session
 
+from .stages import stage
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -62,6 +64,7 @@ def check_file(check: Check, path: Path, what: str) -> float:
         CheckFailedError: As `check_against`.
         MissingDependencyError: If the runtime is not installed.
     """
+    stage("checking")
     session = plugins.find(plugins.RUNTIMES, check.runtime).open(
         path, check.signature, dict(check.options)
     )

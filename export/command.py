@@ -16,6 +16,7 @@ from edgedistill.known_bad import warn_known_bad
 from . import budget
 from .formats import ALL, FORMATS, SCHEDULERS, ExportOptions, Job, jobs
 from .layouts import LAYOUTS, SINGLE_ROOT
+from .stages import told_to
 from .worker import AUTO, ISOLATE, works_alone
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "--controlnet-conditioning-scale",
         metavar="S",
         type=float,
-        help="of the ControlNet, written into its outputs (default: 1)",
+        help="of the ControlNet, written into its weights (default: 1)",
     )
     pipeline.add_argument(
         "--variant",
@@ -235,6 +236,7 @@ def _run(options: argparse.Namespace) -> int:
 
     with (
         tqdm(unit="artifact", leave=False, disable=None) as bar,
+        told_to(bar.set_postfix_str),
         tempfile.TemporaryDirectory() as place,
     ):
         student = _source(options, Path(place))

@@ -8,6 +8,7 @@ from edgedistill.contract import BATCH, Signature, TensorSpec
 from edgedistill.models import store
 
 from .checking import Expected
+from .stages import stage
 from .worker import AUTO, works_alone
 
 LAST_TIMESTEP = 999.0
@@ -90,6 +91,7 @@ def free_axes(spec: TensorSpec) -> dict[int, str]:
 
 def expected_of(frozen: Frozen) -> Expected:
     """Call a network on `examples`."""
+    stage("asking PyTorch")
     inputs = examples(frozen.signature)
     names = [spec.name for spec in frozen.signature.inputs]
     feeds = {name: value.numpy() for name, value in zip(names, inputs, strict=True)}

@@ -9,6 +9,8 @@ import numpy as np
 from edgedistill.files import native_writer
 from edgedistill.telemetry import require_silent
 
+from .stages import stage
+
 
 def convert(graph: Path, target: Path, precision: str, names: Sequence[str], title: str) -> None:
     """Write an ONNX file as OpenVINO IR.
@@ -25,6 +27,7 @@ def convert(graph: Path, target: Path, precision: str, names: Sequence[str], tit
         MissingDependencyError: If openvino is not installed.
     """
     ov = require_silent("openvino", "openvino")
+    stage("converting")
     model = ov.convert_model(graph)
     model.set_friendly_name(title)
     for port, name in zip(model.inputs, names, strict=True):

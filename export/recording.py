@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from edgedistill.errors import ContractError
 
 from .frozen import Frozen, examples, free_axes
+from .stages import stage
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -37,6 +38,7 @@ def record(frozen: Frozen, path: Path, opset: int) -> Mapping[str, Tensor]:
     Returns:
         The weights by the names of their inputs: the network's own tensors, not copies.
     """
+    stage("tracing")
     weights = _tensors(frozen)
     inputs, outputs = frozen.signature.inputs, frozen.signature.outputs
     free = {spec.name: axes for spec in (*inputs, *outputs) if (axes := free_axes(spec))}
@@ -62,6 +64,7 @@ def trace(frozen: Frozen) -> torch.jit.ScriptModule:
     Returns:
         A module whose parameters are the network's own tensors, not copies.
     """
+    stage("tracing")
     weights = _tensors(frozen)
     traced = torch.jit.trace(
         _Blanked(frozen, weights), examples(frozen.signature), check_trace=False

@@ -20,6 +20,7 @@ from edgedistill.mlpackage import quiet_coremltools, write_package
 from .checking import Check, check_file
 from .frozen import Frozen, expected_of
 from .recording import trace
+from .stages import stage
 from .worker import called
 
 # dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
@@ -141,6 +142,7 @@ def convert_coreml(
         )
         if consume:
             frozen.release()
+        stage("converting")
         with tempfile.TemporaryDirectory() as folder:
             model = coremltools.convert(
                 program,

@@ -12,6 +12,8 @@ from typing import Any
 
 from edgedistill.errors import BundleError
 
+from .stages import from_child, join
+
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 ISOLATE = (AUTO, ALWAYS, NEVER)
 ALONE_ABOVE = 400_000_000  # bytes of weights; below, a process costs more than it saves
@@ -48,7 +50,11 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Used]:
     Raises:
         BundleError: If the process is killed, as systems do when memory runs out.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with (
+        from_child(context) as queue,
+        ProcessPoolExecutor(1, context, initializer=join, initargs=(queue,)) as pool,
+    ):
         try:
             return pool.submit(_measured, function, arguments).result()
         except BrokenProcessPool as error:

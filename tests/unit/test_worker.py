@@ -7,11 +7,17 @@ import pytest
 
 from edgedistill.errors import BundleError, CheckFailedError, ConfigError
 from export import budget
+from export.stages import about, stage, told_to
 from export.worker import in_child, works_alone
 
 
 def fail(message):
     raise CheckFailedError(message)
+
+
+def announce(depth):
+    stage(f"depth {depth}")
+    return in_child(announce, depth - 1)[0] if depth else os.getpid()
 
 
 def vanish():
@@ -38,6 +44,17 @@ def test_our_errors_come_back_as_they_are():
 def test_a_killed_process_is_one_clear_error():
     with pytest.raises(BundleError, match="was killed, most likely for want of memory"):
         in_child(vanish)
+
+
+def test_stages_are_told_from_the_childs_child_too():
+    heard = []
+    with told_to(heard.append):
+        with about("unet"):
+            assert in_child(announce, 1)[0] != os.getpid()
+        stage("here")
+    with about("nobody"):
+        stage("to nobody")
+    assert heard == ["unet: depth 1", "unet: depth 0", "here"]
 
 
 @pytest.mark.parametrize(
