@@ -130,7 +130,7 @@ def _missing(folder: Path, stem: str, variant: str | None) -> str:
     name = f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     others = [item.name for item in sorted(folder.glob("*.safetensors*"))]
-    hint = ""
+    hint = " Nor are there shards of it: get the folder whole."
     if others:
         hint = f" {', '.join(others[:3])} is there: load the folder in diffusers and save it anew."
     elif pickles:

@@ -1,7 +1,7 @@
 """`edgedistill export`: read the command line, call, print."""
 
 import argparse
-import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -17,16 +17,13 @@ from . import budget
 from .formats import ALL, FORMATS, SCHEDULERS, ExportOptions, Job, jobs
 from .layouts import LAYOUTS, SINGLE_ROOT
 from .stages import told_to
+from .summary import as_json, as_text
 from .worker import AUTO, ISOLATE, works_alone
 
 if TYPE_CHECKING:
-    from edgedistill.bundle import Artifact, Bundle
     from edgedistill.student import Student
-    from edgedistill.table import SamplerTable
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
-_HEADERS = ("artifact", "runtime", "MB", "SNR dB")
-_LEGEND = "SNR: one call of the written file against PyTorch, from noise."
 _DESCRIPTION = """\
 Write a student, or a folder of diffusers', as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch
 reference, with the sampler table, golden tensors and calibration inputs. Each file is run once beside
@@ -91,7 +88,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         metavar="G",
-        type=float,
+        type=_scale,
         help="of a student: bake guidance at this scale into the weights (default: an input stays an input); "
         "of a pipeline: its scale (default: that of a latent-consistency model, else none)",
     )
@@ -229,7 +226,7 @@ def _run(options: argparse.Namespace) -> int:
         isolate=options.isolate,
         networks=tuple(options.networks),
     )
-    planned = jobs([options.format], settings)
+    jobs([options.format], settings)  # refuses what cannot be written
     warn_known_bad(options.extra.split(","))
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
@@ -242,31 +239,28 @@ def _run(options: argparse.Namespace) -> int:
         student = _source(options, Path(place))
         from .assemble import export_student
         from .networks import chosen_networks, sizes
+        from .samplers import with_samplers
+        from .single_root import layout_for
 
+        settings = replace(settings, layout=layout_for(student, target, options.layout))
+        planned = jobs([options.format], settings)
+        forms = {job.format for job in planned}
         names = chosen_networks(student, settings)
         held_by = {name: size for name, size in sizes(student).items() if name in names}
         _foretell(held_by, planned, target, options.max_memory)
         if options.max_memory is not None:
-            forms = {job.format for job in planned}
             isolate = budget.isolation(settings.isolate, held_by, forms, options.max_memory)
             settings = replace(settings, isolate=isolate)
-        from .samplers import with_samplers
-        from .single_root import layout_for
-
-        layout = layout_for(student, target, options.layout)
-        if layout == SINGLE_ROOT or options.scheduler is not None:
-            formats = {job.format for job in planned}
+        if settings.layout == SINGLE_ROOT or options.scheduler is not None:
             held = None if options.overwrite else target
-            student = with_samplers(student, formats, options.scheduler, held)
+            student = with_samplers(student, forms, options.scheduler, held)
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.set_description_str(what)
 
-        bundle = export_student(
-            student, target, [options.format], replace(settings, layout=layout), tell
-        )
-    _tell(bundle, as_json=options.json)
+        bundle = export_student(student, target, [options.format], settings, tell)
+    print(as_json(bundle) if options.json else as_text(bundle, changed=bar.total is not None))
     return 0
 
 
@@ -344,61 +338,9 @@ def _foretell(
             )
 
 
-def _tell(bundle: "Bundle", *, as_json: bool) -> None:
-    artifacts = [_describe(bundle, item) for item in bundle.artifacts.values()]
-    samplers = {name: _sampler(table) for name, table in bundle.samplers.items()}
-    if as_json:
-        about = {
-            "bundle": str(bundle.root),
-            "name": bundle.name,
-            "fingerprint": bundle.fingerprint,
-            "samplers": samplers,
-        }
-        print(json.dumps({**about, "artifacts": artifacts}, indent=1))
-        return
-    from edgedistill.terminal import aligned
-
-    rows = [
-        (
-            item["name"],
-            item["runtime"],
-            f"{item['bytes'] / 1e6:.2f}",
-            "-" if item["snr_db"] is None else f"{item['snr_db']:.1f}",
-        )
-        for item in artifacts
-    ]
-    told = [
-        f"Sampler {name}: {item['steps']} steps of {item['scheduler']}: {item['why']}."
-        for name, item in samplers.items()
-        if item["why"]
-    ]
-    told += [
-        f"{item['name']} has no graph of {', '.join(item['lacking'])}; --networks adds them."
-        for item in artifacts
-        if item["lacking"]
-    ]
-    print(aligned(_HEADERS, rows), _LEGEND, *told, f"Written: {bundle.root}", sep="\n")
-
-
-def _sampler(table: "SamplerTable") -> dict[str, Any]:
-    from .samplers import CHOICE
-
-    notes = table.annotations
-    return {
-        "steps": sum(1 for row in table.rows if row.call),
-        "scheduler": (notes.get("scheduler") or {}).get("_class_name"),
-        "why": notes.get(CHOICE),
-    }
-
-
-def _describe(bundle: "Bundle", artifact: "Artifact") -> dict[str, Any]:
-    return {
-        "name": artifact.name,
-        "runtime": artifact.runtime,
-        "format": artifact.format,
-        "precision": artifact.precision,
-        "paths": [network.path for network in artifact.networks.values()],
-        "lacking": bundle.lacking(artifact),
-        "bytes": bundle.size(artifact),
-        "snr_db": artifact.made_with.get("snr_db"),
-    }
+def _scale(text: str) -> float:
+    """Read a guidance scale."""
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text):
+        msg = f"must be a number of at least 0, got {text!r}"
+        raise argparse.ArgumentTypeError(msg)
+    return float(text)

@@ -109,6 +109,9 @@ def find_parts(root: Path) -> Parts:
             raise BundleError(msg)
     held = [name for name in DENOISERS if (root / name).is_dir()]
     folder = root / held[0] if held else root
+    if not (folder / "config.json").is_file():
+        msg = f"{folder / 'config.json'}: no such file; a pipeline's folder has {' or '.join(DENOISERS)} with one in it, a network's has its own."
+        raise BundleError(msg)
     kind = store.class_name(read_json(folder / "config.json"))
     fitting = [name for name, kinds in DENOISERS.items() if kind in kinds]
     if not fitting or held[1:] or (held and held != fitting):
@@ -138,7 +141,7 @@ def _scheduler_file(root: Path) -> Path:
     for path in places:
         if path.is_file():
             return path
-    msg = f"{root}: has no {SCHEDULER} in scheduler/ or beside the network; without it the schedule and the prediction type are unknown."
+    msg = f"{root}: has no {SCHEDULER} in scheduler/ or beside the network; without it the schedule and the prediction type are unknown: put it there from where the network is from."
     raise BundleError(msg)
 
 

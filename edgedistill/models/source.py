@@ -80,7 +80,9 @@ def open_source(
         return Student.open(root)
     if not root.is_dir() or (root / manifest.MANIFEST).is_file():
         found = "holds a bundle, which is exported already" if root.is_dir() else "no such folder"
-        msg = f"{root}: {found}; give a student's folder, or one that diffusers wrote."
+        if root.is_file():
+            found = "is one file, which diffusers opens with `from_single_file`"
+        msg = f"{root}: {found}; give a student's folder, or one that diffusers wrote with `save_pretrained`. Nothing is fetched here."
         raise BundleError(msg)
     parts = find_parts(root)
     sketch = _sketch(parts)

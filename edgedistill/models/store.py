@@ -214,7 +214,7 @@ def open_one_of(folder: Path, kinds: Sequence[str], *, bare: bool = False) -> nn
     """
     config = read_json(folder / "config.json")
     if class_name(config) not in kinds:
-        msg = f"{folder}: is a {class_name(config)}; a teacher has one of {', '.join(kinds)} here."
+        msg = f"{folder}: is a {class_name(config)}; one of {', '.join(kinds)} is expected here."
         raise BundleError(msg)
     return build(config, str(folder)).eval() if bare else load(folder)
 
@@ -239,7 +239,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        msg = f"{path}: not a whole safetensors file ({error}); only safetensors is read, never pickle."
+        msg = f"{path}: not a whole safetensors file ({error}); get it anew. Only safetensors is read, never pickle."
         raise BundleError(msg) from error
     state = {name: v.float() if v.is_floating_point() else v for name, v in state.items()}
     for name, value in state.items():

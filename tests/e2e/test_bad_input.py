@@ -175,6 +175,27 @@ def test_a_manifest_that_points_outside(refused, handmade, path):
     assert "lies outside of the folder" in refused("parity", handmade)
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("one.safetensors", "is one file, which diffusers opens with `from_single_file`; give a"),
+        ("owner/model", "no such folder; give a student's folder, .* Nothing is fetched here"),
+        ("empty", "config.json: no such file; a pipeline's folder has unet or transformer"),
+    ],
+)
+def test_a_model_that_is_no_folder_of_networks(refused, tmp_path, model, message):
+    (tmp_path / "one.safetensors").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    line = refused("export", "onnx", "-m", tmp_path / model, tmp_path / "made")
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize("scale", ["-1", "nan", "much"])
+def test_a_guidance_scale_that_cannot_be(refused, tmp_path, scale):
+    line = refused("export", "onnx", "-m", "any", tmp_path / "made", "--guidance-scale", scale)
+    assert f"--guidance-scale: must be a number of at least 0, got '{scale}'" in line
+
+
 def test_a_runtime_that_is_not_installed(refused, make, tmp_path):
     bundle = make({"gone": ("absent", "float32")})
     line = refused("sample", bundle, "-o", tmp_path / "g.png")

@@ -237,6 +237,14 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         _renamed(f"{UNET}.safetensors", f"{UNET}.bin"),
         "unet/.*: no such file. diffusion_pytorch_model.bin is a pickle",
     ),
+    "no weights": (
+        lambda root: (root / "vae/diffusion_pytorch_model.safetensors").unlink(),
+        "vae/diffusion_pytorch_model.safetensors: no such file. Nor are there shards of it: get",
+    ),
+    "no networks": (
+        lambda root: shutil.rmtree(root / "unet"),
+        "config.json: no such file; a pipeline's folder has unet or transformer with one in it",
+    ),
     "two variants": (
         _two_variants,
         "unet: holds the variants bf16, fp16 and no plain .*; say which with --variant",
