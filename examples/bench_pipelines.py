@@ -85,6 +85,7 @@ def prepare(size: str, work: Path) -> Bundle:
         make_tiny_pipeline.write("sd", source)
         if size == "sd15":
             enlarge(source)
+    if source.is_dir():  # left behind where an export was cut off
         for form in ("openvino", "onnx"):
             words = ["export", form, "--dtype", "fp32", "-m", source, root, "--steps", STEPS]
             command = [sys.executable, "-m", "edgedistill", *words, "--layout", "single-root"]
@@ -212,7 +213,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("build/bench-pipelines"))
     parser.add_argument("--rounds", type=int, help="processes per engine (default: tiny 4, sd15 1)")
     parser.add_argument(
-        "--runs", type=int, help="images behind the first (default: tiny 9, sd15 1)"
+        "--runs", type=int, help="images behind the first (default: tiny 9, sd15 2)"
     )
     parser.add_argument("--precision", default="f32", help="of OpenVINO: f32, bf16, auto")
     parser.add_argument("--only", nargs="+", choices=ENGINES, default=ENGINES, metavar="ENGINE")
@@ -221,7 +222,7 @@ def main() -> int:
     options = parser.parse_args()
     tiny = options.size == "tiny"
     options.rounds = options.rounds or (4 if tiny else 1)
-    options.runs = options.runs or (9 if tiny else 1)
+    options.runs = options.runs or (9 if tiny else 2)
     options.work.mkdir(parents=True, exist_ok=True)
     bundle = prepare(options.size, options.work)
     before = os.getloadavg()[0]
