@@ -93,16 +93,9 @@ class Artifact:
             key: NetworkFile(item["path"], Signature.from_json(item["signature"]))
             for key, item in data["networks"].items()
         }
-        return cls(
-            name,
-            data["runtime"],
-            data["format"],
-            data["precision"],
-            networks,
-            data["made_with"],
-            data.get("sampler"),
-            data.get("guidance_scale"),
-        )
+        plain = {key: data[key] for key in ("runtime", "format", "precision", "made_with")}
+        further = {key: data.get(key) for key in ("sampler", "guidance_scale")}
+        return cls(name, networks=networks, **plain, **further)
 
 
 @dataclass(frozen=True)
@@ -245,9 +238,19 @@ def start_from(target: Path, fresh: Bundle, *, overwrite: bool) -> Bundle:
         return fresh
     held = Bundle.open(target)
     if held.fingerprint != fresh.fingerprint:
-        msg = f"{target}: holds a bundle of another student ({held.name!r}); choose another folder, or give --overwrite to replace it."
+        way_out = "choose another folder, or give --overwrite to replace it."
+        msg = f"{target}: holds a bundle of another student ({held.name!r}); {way_out}"
+        if held.name == fresh.name and held.samplers != fresh.samplers:
+            there, asked = _default(held), _default(fresh)
+            msg = f"{target}: holds {held.name!r} with other samplers (default there: {there}; asked for: {asked}); ask for the same steps, scheduler, guidance and size, {way_out}"
         raise BundleError(msg)
     return held
+
+
+def _default(bundle: Bundle) -> str:
+    table = bundle.table
+    size = "x".join(map(str, table.stages[-1].shape))
+    return f"{len(table.rows)} rows of {size}, guidance {table.guidance.mode} at {table.guidance.default:g}"
 
 
 def write_bundle(

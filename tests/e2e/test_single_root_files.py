@@ -96,6 +96,11 @@ def test_another_format_joins_and_another_precision_is_refused(
     assert layout_for(student, target, None) == SINGLE_ROOT
     with pytest.raises(BundleError, match="holds openvino in float16, and loaders look for one"):
         export_student(student, target, ["openvino"], ExportOptions(layout=SINGLE_ROOT))
+    other = open_source(tiny_pipelines / "sd", num_steps=2, scheduler=DDIM)
+    with pytest.raises(
+        BundleError, match="holds 'sd' with other samplers .default there: 1 rows of"
+    ):
+        export_student(other, target, ["openvino"], half)
     with pytest.raises(BundleError, match="where a path itself holds `text_encoder`"):
         export_student(
             student, tmp_path / "text_encoder_1", ["onnx"], ExportOptions(layout=SINGLE_ROOT)
