@@ -94,7 +94,7 @@ class Artifact:
             for key, item in data["networks"].items()
         }
         plain = {key: data[key] for key in ("runtime", "format", "precision", "made_with")}
-        further = {key: data.get(key) for key in ("sampler", "guidance_scale")}
+        further: dict[str, Any] = {key: data.get(key) for key in ("sampler", "guidance_scale")}
         return cls(name, networks=networks, **plain, **further)
 
 
