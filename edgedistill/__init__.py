@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgedistill.pipeline import Samples as Samples
     from edgedistill.pipeline import load as load
     from edgedistill.table import SamplerTable as SamplerTable
+    from edgedistill.tiling import Tiling as Tiling
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -23,9 +24,10 @@ _HOMES = {
     "Pipeline": "pipeline",
     "SamplerTable": "table",
     "Samples": "pipeline",
+    "Tiling": "tiling",
     "load": "pipeline",
 }
-__all__ = ["Bundle", "EdgeDistillError", "Pipeline", "SamplerTable", "Samples", "load"]
+__all__ = ["Bundle", "EdgeDistillError", "Pipeline", "SamplerTable", "Samples", "Tiling", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from bench_decoder_run import FILES, FREE, RUNTIMES
-from edgedistill.agreement import snr_db
+from edgedistill.agreement import finite_db, psnr_db, snr_db
 from edgedistill.environment import versions
 from edgedistill.files import read_json
 from edgedistill.models import store
@@ -60,6 +60,8 @@ UNITS = {
     "peak_mb": "peak, MB",
     "file_mb": "file, MB",
 }
+DECIBELS = {"snr_db": "SNR, dB", "psnr_db": "PSNR, dB"}
+PEAK = 2.0  # from black to white
 
 
 @dataclass(frozen=True)
@@ -177,31 +179,33 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             "runtime": RUNTIMES[form],
             "way": name,
             **{key: statistics.median(item[key] for item in rounds) for key in UNITS},
-            "snr_db": apart(pictures, form, name),
+            **apart(pictures, form, name),
         }
         for (form, name), rounds in taken.items()
     ]
 
 
-def apart(pictures: Mapping[tuple[str, str], np.ndarray], form: str, name: str) -> float | None:
-    """Return the dB SNR against the whole float32 decoder of the same weights; None where it is that one."""
+def apart(pictures: Mapping[tuple[str, str], np.ndarray], form: str, name: str) -> dict[str, float]:
+    """Return the dB against the whole float32 decoder of the same weights; nothing where it is that one."""
     reference = pictures.get((form, WAYS[name].network))
     if reference is None or name == WAYS[name].network:
-        return None
-    return snr_db(reference, pictures[form, name])
+        return {}
+    picture = pictures[form, name]
+    found = {"snr_db": snr_db(reference, picture), "psnr_db": psnr_db(reference, picture, PEAK)}
+    return {key: finite_db(value) for key, value in found.items()}
 
 
 def rows_of(record: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield one row of cells per way and runtime."""
     for item in record["decoders"]:
         cells = [f"{item[key]:.3g}" if key.endswith("_s") else f"{item[key]:.0f}" for key in UNITS]
-        decibels = "" if item["snr_db"] is None else f"{item['snr_db']:.1f}"
-        yield [item["runtime"], WAYS[item["way"]].label, *cells, decibels]
+        decibels = [f"{item[key]:.1f}" if key in item else "" for key in DECIBELS]
+        yield [item["runtime"], WAYS[item["way"]].label, *cells, *decibels]
 
 
 def headers() -> list[str]:
     """Return the names of the columns."""
-    return ["runtime", "decoder", *UNITS.values(), "SNR, dB"]
+    return ["runtime", "decoder", *UNITS.values(), *DECIBELS.values()]
 
 
 def markdown(record: Mapping[str, Any]) -> str:
