@@ -11,11 +11,12 @@ from .worker import ALWAYS, AUTO
 
 # Of the Stable Diffusion 1.5 UNet, 3.44 GB of float32 weights, one network in a process of its own, two cores:
 # peak memory in bytes per byte of weights, and processor seconds per GB, beside what the imports take.
-_MEMORY = {"onnx": 1.3, "openvino": 2.1, "coreml": 1.9}
+_MEMORY = {"onnx": 1.3, "openvino": 1.35, "coreml": 1.3}
 _SECONDS = {"onnx": 13.0, "openvino": 14.0, "coreml": 40.0}
 _IMPORTS_BYTES = 500_000_000
 _IMPORTS_SECONDS = 6.0
 _STORED = {"float32": 1.0, "float16": 0.5}
+_COPIES = {"onnx": 1, "openvino": 1, "coreml": 3}  # of the written weights, while they are written
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -30,8 +31,8 @@ def seconds(form: str, size: int) -> float:
 
 
 def disk(form: str, precision: str, size: int) -> int:
-    """Estimate the bytes on disk while it is written: what stays, and the graph that OpenVINO is made from."""
-    return round(size * (_STORED[precision] + (form == "openvino")))
+    """Estimate the bytes on disk while it is written, and the graph that OpenVINO's is made from."""
+    return round(size * (_COPIES[form] * _STORED[precision] + (form == "openvino")))
 
 
 def isolation(isolate: str, sizes: Mapping[str, int], forms: Collection[str], limit: int) -> str:
