@@ -4,61 +4,42 @@ ONNX Runtime and OpenVINO add the values of a group one after another: of 2**20 
 and 30 such layers, as a decoder of large images has, lose 20 more. Here rows are summed first and their sums then.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.onnx import symbolic_helper, symbolic_opset9, utils
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 MANY = 2**17  # values of a group; runtimes keep 120 dB and more of fewer
-_NAME = "aten::group_norm"
 
 
-@contextlib.contextmanager
-def summed_by_rows(opset: int) -> Iterator[None]:
-    """Let PyTorch's older exporter write group normalizations of `MANY` values so that their sums are precise."""
-    utils.register_custom_op_symbolic(_NAME, _group_norm, opset)
-    try:
-        yield
-    finally:
-        utils.unregister_custom_op_symbolic(_NAME, opset)
+class SummedByRows(TorchFunctionMode):
+    """Have group normalizations of more than `MANY` values recorded so that their sums are precise."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Call one function."""
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.group_norm:
+            return func(*args, **kwargs)
+        x, groups = args[:2]
+        many = math.prod(map(int, x.shape[1:])) // groups > MANY
+        return (_group_norm if many else func)(*args, **kwargs)
 
 
-@symbolic_helper.parse_args("v", "i", "v", "v", "f", "i")
-def _group_norm(
-    graph: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float, cudnn: int
-) -> Any:
-    """Return the nodes; what is of free size, or small, is left to the runtime's own operation."""
-    sizes = symbolic_helper._get_tensor_sizes(x)
-    if not sizes or None in sizes[1:] or math.prod(sizes[1:]) // groups <= MANY:
-        return symbolic_opset9.group_norm(graph, x, groups, weight, bias, eps, cudnn)
-    by_group, by_channel = [1, groups, sizes[1] // groups], [-1, sizes[1]] + [1] * (len(sizes) - 2)
-
-    def shaped(value: Any, shape: list[int]) -> Any:
-        return graph.op("Reshape", value, _constant(graph, shape))
-
-    def mean(rows: Any) -> Any:
-        return _reduced(graph, "ReduceMean", shaped(rows, [0, groups, -1]))
-
-    middle = graph.op("Expand", mean(_reduced(graph, "ReduceMean", x)), _constant(graph, by_group))
-    centred = graph.op("Sub", x, shaped(middle, by_channel))
-    length = _reduced(graph, "ReduceL2", centred)
-    squares = mean(graph.op("Mul", length, length))
-    variance = graph.op("Div", squares, _constant(graph, float(sizes[-1])))
-    deviation = graph.op("Sqrt", graph.op("Add", variance, _constant(graph, eps)))
-    scale = graph.op("Div", shaped(weight, by_group), deviation)
-    scaled = graph.op("Mul", centred, shaped(scale, by_channel))
-    return graph.op("Add", scaled, shaped(bias, by_channel))
-
-
-def _reduced(graph: Any, operation: str, value: Any) -> Any:
-    """Return an operation over the last axis, which newer operator sets take as an input."""
-    if graph.opset < 18:
-        return graph.op(operation, value, axes_i=[-1])
-    return graph.op(operation, value, _constant(graph, [-1]))
-
-
-def _constant(graph: Any, value: Any) -> Any:
-    return graph.op("Constant", value_t=torch.tensor(value))
+def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Return what PyTorch's function does."""
+    channels, *sides = map(int, x.shape[1:])
+    values = channels // groups * math.prod(sides[:-1])
+    wide = (-1, channels, *(1 for _ in sides))
+    middle = x.mean(-1, keepdim=True).reshape(-1, groups, values).mean(-1, keepdim=True)
+    centred = x - (middle + torch.zeros(channels // groups)).reshape(wide)
+    # One operation, where squares would be as large as all of x.
+    length = torch.ops.aten.norm.ScalarOpt_dim(centred, 2, [-1], keepdim=True)
+    squares = (length * length / sides[-1]).reshape(-1, groups, values)
+    deviation = (squares.mean(-1, keepdim=True) + eps).sqrt()
+    scale = weight.reshape(1, groups, -1) / deviation
+    return centred * scale.reshape(wide) + bias.reshape(wide)

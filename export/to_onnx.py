@@ -19,7 +19,7 @@ from edgedistill.parity import floor_of
 
 from .checking import Check, check_file
 from .frozen import Frozen, examples, expected_of, free_axes
-from .group_norm import summed_by_rows
+from .group_norm import SummedByRows
 from .recording import record
 from .weights import MOVES, save_graph
 from .worker import called
@@ -102,7 +102,7 @@ def trace_onnx(
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / path.name
-        with _without_known_warnings(), summed_by_rows(opset):
+        with _without_known_warnings(), SummedByRows():
             weights = (_export_dynamo if dynamo else record)(frozen, raw, opset)
         model = onnx.load(raw)
     written = next(item.version for item in model.opset_import if not item.domain)

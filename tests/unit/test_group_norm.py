@@ -49,3 +49,17 @@ def test_few_values_and_free_sizes_are_left_to_the_runtime(size, tmp_path):
     _, kinds = written(tmp_path / "norm.onnx", size, 17)
     assert "InstanceNormalization" in kinds
     assert "ReduceL2" not in kinds
+
+
+def test_sizes_behind_an_enlargement_are_known_though_the_batch_is_free(tmp_path):
+    network = nn.Sequential(nn.Upsample(scale_factor=2), nn.GroupNorm(GROUPS, CHANNELS))
+    signature = Signature(
+        (TensorSpec("input", (BATCH, CHANNELS, 256, 384), "float32", "x"),),
+        (TensorSpec("out", (BATCH, CHANNELS, 512, 768), "float32", "raw"),),
+    )
+    path = tmp_path / "norm.onnx"
+    trace_onnx(Frozen(network.requires_grad_(False), signature), path)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("ReduceL2") == 1
+    assert "InstanceNormalization" not in kinds
+    assert "Expand" not in kinds
