@@ -42,7 +42,7 @@ COMPONENTS = {
 FORMATS = {"onnx": "optimum", "openvino": "optimum", "coreml": "coremltools"}
 SUFFIXES = {"onnx": "onnx", "openvino": "xml", "coreml": "mlpackage"}
 UNITS = {"peak_gb": "peak GB", "cpu_s": "CPU s", "wall_s": "wall s"}
-HEADERS = ["component", "format", "by", *UNITS.values()]
+HEADERS = ["component", "format", "by", *UNITS.values(), "dB"]
 PACKAGES = ("torch", "onnx", "openvino", "coremltools", "optimum", "optimum-onnx", "optimum-intel")
 TOKENS = 77
 DECODER = Signature(
@@ -171,7 +171,7 @@ def held(process: int) -> int:
 
 
 def measure(tool: str, folder: Path, component: str, form: str) -> dict[str, float]:
-    """Export once in a fresh process; return peak memory in GB, and processor and wall time in seconds.
+    """Export once in a fresh process; return peak memory in GB, processor and wall time in seconds, dB where it is checked.
 
     What an export that fails says goes to stderr, and nothing is returned.
     """
@@ -191,7 +191,9 @@ def measure(tool: str, folder: Path, component: str, form: str) -> dict[str, flo
         if child.returncode:
             sys.stderr.write(said.read().decode())
             return {}
-    return {"peak_gb": memory / 1e9, "cpu_s": used.ru_utime + used.ru_stime, "wall_s": wall}
+        checked = float(said.read().split()[-1]) if tool == "edgedistill" else None
+    figures = {"peak_gb": memory / 1e9, "cpu_s": used.ru_utime + used.ru_stime, "wall_s": wall}
+    return figures if checked is None else {**figures, "snr_db": checked}
 
 
 def compare(folder: Path, component: str, form: str) -> dict[str, Any]:
@@ -220,7 +222,8 @@ def rows_of(found: list[dict[str, Any]]) -> Iterator[list[str]]:
             ("conversion / usual", item["ratio"]),
         ):
             shown = (f"{figures[name]:.2f}" if name in figures else "failed" for name in UNITS)
-            yield [item["component"], item["format"], who, *shown]
+            checked = f"{figures['snr_db']:.1f}" if "snr_db" in figures else ""
+            yield [item["component"], item["format"], who, *shown, checked]
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -231,7 +234,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
     low, high = record["load"]
     head = f"{record['date']}, {record['machine']}, load average {low} to {high}; {named}."
-    lines = [HEADERS, ["---"] * 3 + ["---:"] * len(UNITS), *rows_of(record["exports"])]
+    lines = [HEADERS, ["---"] * 3 + ["---:"] * (len(UNITS) + 1), *rows_of(record["exports"])]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n"
 

@@ -51,7 +51,9 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    names = options.only or [name for name, run in RUNS.items() if run.usual or held(name, 0, options.output)]
+    names = options.only or [
+        name for name, run in RUNS.items() if run.usual or held(name, 0, options.output)
+    ]
     tasks = [(name, seed) for name in names for seed in options.seeds or RUNS[name].seeds]
     if options.job:
         work(*tasks[0], options.output)

@@ -7,7 +7,7 @@ from typing import Any
 
 from edgedistill.evaluation.baselines import Baselines
 from quality_measures import PLAIN_STEPS, Line
-from quality_runs import RUNS, STUDENTS, TOTALS
+from quality_runs import ASKED, RUNS, STUDENTS, TOTALS
 
 COLUMNS = (
     "student | seed | evaluations | parameters | Frechet | / naive | / teacher | error / naive | "
@@ -212,8 +212,8 @@ SECTIONS: Mapping[str, Section] = {
         "One student or several (MSD)",
         "K students of 41 000 parameters, a quarter of the teacher's, share the ten classes. Along a row all K together are trained for the "
         "same number of iterations (80 of score matching, 600 of regression and 100 of distribution matching with the GAN, times the total). "
-        "Down a column each is trained twice and four times as long: where the last two figures hardly differ, the students have learnt what "
-        "they can hold. K = 1 at total 1 and K = 4 at total 4 are the same training for each student. Frechet distance, recall in brackets; "
+        "Down a column each is trained twice as long from row to row: where the last two figures hardly differ, the students have learnt what "
+        f"they can hold. Totals from {ASKED} on are trained when they are named (`--only msd-4-of-16`). K = 1 at total 1 and K = 4 at total 4 are the same training for each student. Frechet distance, recall in brackets; "
         "one seed, no bar.",
         f"total | {' | '.join(f'K = {k}' for k in STUDENTS)} | lowest: K | CPU s of each",
         shared_rows,
