@@ -11,8 +11,8 @@ from .worker import ALWAYS, AUTO
 
 # Of the Stable Diffusion 1.5 UNet, 3.44 GB of float32 weights, one network in a process of its own, two cores:
 # peak memory in bytes per byte of weights, and processor seconds per GB, beside what the imports take.
-_MEMORY = {"onnx": 1.3, "openvino": 1.35, "coreml": 1.3}
-_SECONDS = {"onnx": 13.0, "openvino": 14.0, "coreml": 40.0}
+_MEMORY = {"onnx": 1.3, "openvino": 1.35, "coreml": 1.35}
+_SECONDS = {"onnx": 13.0, "openvino": 14.0, "coreml": 26.0}
 _IMPORTS_BYTES = 500_000_000
 _IMPORTS_SECONDS = 6.0
 _STORED = {"float32": 1.0, "float16": 0.5}
