@@ -122,7 +122,7 @@ def test_tiles_by_the_command_line(run, root: Bundle, tmp_path) -> None:
 
 
 # dB SNR of the picture against the float one, measured on these random weights, less 3.
-FLOORS = {"int8-weights": 49.0, "int8": 41.0}
+FLOORS = {"int8-weights": 49.0, "int8": 37.5}
 
 
 @pytest.mark.slow

@@ -86,30 +86,23 @@ from accelerate.state import PartialState
 from edgedistill.cli import main
 from edgedistill.training.loop import Trainer
 
-class Broken(Exception):
-    pass
-
 def begin(self, *arguments, **settings):
     init(self, *arguments, **settings)
     self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
 
-def save_and_break(self, position):
+def save_and_leave(self, position):
     save(self, position)
     if position.iteration:
-        raise Broken
+        self.accelerator.wait_for_everyone()
+        sys.exit()
 
 init, Accelerator.__init__ = Accelerator.__init__, begin
-save = Trainer._checkpoint
-for path in sys.argv[1:]:
-    words = ["distill", path, "-o", path + "-pieces", "--quiet"]
-    Trainer._checkpoint = save_and_break
-    try:
-        main(words)
-    except Broken:
-        words.append("--resume")
-    Trainer._checkpoint = save
-    if main(words):
+leaves, *paths = sys.argv[1:]
+if leaves == "leaves":
+    save, Trainer._checkpoint = Trainer._checkpoint, save_and_leave
+for path in paths:
+    if main(["distill", path, "-o", path + "-pieces", "--quiet", "--resume"]):
         sys.exit(f"{path}: not trained")
 """
 KINDS = {"2": (EVERY_RECIPE, tuple(RECIPES)), "pieces": (IN_PIECES, ("guided", "dmd2"))}
@@ -137,12 +130,21 @@ def by_two(trained: Path) -> Callable[[str], Path]:
         script.write_text(text)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--multi_gpu", str(script), *(str(trained / method) for method in methods)]
+        command += ["--multi_gpu", str(script)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
+        paths = [str(trained / method) for method in methods]
+        # What is cut up leaves off behind its first checkpoint, and is gone on with.
+        turns = [paths] if kind == "2" else [["leaves", paths[0]], ["stays", *paths]]
+        for words in turns:
+            done = subprocess.run(
+                [*command, *words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("next: edgedistill export") == len(methods)
         return trained
 
