@@ -161,3 +161,21 @@ def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_tiny_pipeline.tiny_unet(path.name).save_pretrained(root / path.name / "unet")
         shutil.copytree(path / "scheduler", root / path.name / "scheduler")
     return root
+
+
+@pytest.fixture
+def with_small_autoencoder(tiny_pipelines: Path, tmp_path: Path):
+    """A Stable Diffusion pipeline of 2 steps with an AutoencoderTiny, the class of TAESD, in the place of its own."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    from edgedistill.models.variant import open_variant
+
+    torch.manual_seed(0)
+    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
+    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
+    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
+    (tmp_path / "place").mkdir()
+    return open_variant(
+        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=2
+    )

@@ -13,7 +13,6 @@ from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
 from edgedistill.layout.checking import check_layout
 from edgedistill.models.source import open_source
-from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
 from edgedistill.tiling import Tiling
@@ -157,19 +156,14 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
 
 
 @pytest.mark.slow
-def test_a_small_autoencoder_decodes_as_in_diffusers(tiny_pipelines, tmp_path, monkeypatch) -> None:
+def test_a_small_autoencoder_decodes_as_in_diffusers(
+    with_small_autoencoder, tmp_path, monkeypatch
+) -> None:
     """AutoencoderTiny, the class of TAESD, in the place of the pipeline's own, in every format of a single root."""
     from diffusers import AutoencoderTiny, DiffusionPipeline
 
     monkeypatch.setattr(logging.getLogger("diffusers"), "disabled", True)
-    torch.manual_seed(0)
-    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
-    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
-    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
-    (tmp_path / "place").mkdir()
-    student = open_variant(
-        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=2
-    )
+    student = with_small_autoencoder
     assert student.table.space["scale"] == 1.0
     options = ExportOptions(layout="single-root")
     made = export_student(student, tmp_path / "root", [*FORMATS, "coreml"], options)

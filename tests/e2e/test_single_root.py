@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 
 from edgedistill.bundle import Bundle
 from edgedistill.files import read_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models import store
 from edgedistill.models.source import open_source
-from edgedistill.models.variant import open_variant
 from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
 from edgedistill.plans import PORTABLE
@@ -334,16 +332,9 @@ def test_smaller_networks_take_the_place_of_their_sources(exports, tmp_path, mon
 
 @pytest.mark.slow
 def test_a_small_autoencoder_runs_in_every_loader_that_its_folder_is_for(
-    tiny_pipelines, tmp_path, monkeypatch
+    with_small_autoencoder, tmp_path, monkeypatch
 ) -> None:
-    torch.manual_seed(0)
-    widths = {"encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8]}
-    blocks = {"num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1]}
-    AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path / "small")
-    (tmp_path / "place").mkdir()
-    student = open_variant(
-        tiny_pipelines / "sd", tmp_path / "place", vae=tmp_path / "small", num_steps=2
-    )
+    student = with_small_autoencoder
     options = ExportOptions(layout=SINGLE_ROOT)
     made = export_student(student, tmp_path / "root", ["onnx"], options)
     assert read_json(made.root / "model_index.json")["vae"] == ["diffusers", "AutoencoderTiny"]
