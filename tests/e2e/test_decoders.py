@@ -157,7 +157,7 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
 
 @pytest.mark.slow
 def test_a_small_autoencoder_decodes_as_in_diffusers(
-    with_small_autoencoder, tmp_path, monkeypatch
+    with_small_autoencoder, tiny_pipelines, tmp_path, monkeypatch
 ) -> None:
     """AutoencoderTiny, the class of TAESD, in the place of the pipeline's own, in every format of a single root."""
     from diffusers import AutoencoderTiny, DiffusionPipeline
