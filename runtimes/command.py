@@ -168,7 +168,7 @@ def _tell_sample(
         "seed": options.seed,
         "artifact": pipeline.artifact.name,
         "runtime": pipeline.artifact.runtime,
-        "described": pipeline.runtime.describe(),
+        "described": pipeline.runtime.describe(_runtime_options(options)),
         "sampler": sampler,
         "nfe": pipeline.bundle.samplers[sampler].nfe,
         "seconds": round(seconds, 4),

@@ -126,7 +126,7 @@ def _verify_or_skip(
     except ContractError as error:
         yield replace(entry, broken=str(error))
         return
-    entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe())
+    entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe(options))
     chosen = goldens if artifact.sampler is None else {artifact.sampler: goldens[artifact.sampler]}
     for sampler, golden in chosen.items():
         named = replace(entry, sampler=sampler)

@@ -43,8 +43,10 @@ def test_sample_json_and_arrays_are_those_of_the_python_face(run, handmade, tmp_
 
 def test_runtime_options_reach_the_runtime(run, handmade, fake, tmp_path):
     words = ["--device", "GPU", "--threads", 2, "-o", tmp_path / "g.png", "-n", 1, "--scale", 1]
-    assert run("sample", handmade, *words)[0] == 0
+    status, out, _ = run("sample", handmade, *words)
+    assert status == 0
     assert fake.options == {"device": "GPU", "threads": 2}
+    assert "on numpy device=GPU threads=2 in" in out
     with Image.open(tmp_path / "g.png") as sheet:
         assert sheet.size == (10, 10)
 
