@@ -35,7 +35,7 @@ def cells(item: ArtifactParity) -> list[str]:
         item.verdict,
         item.runtime,
         item.precision,
-        f"{item.size / 1e6:.3f}",
+        f"{item.size / 1e6:.3f}" if item.size else "-",
         _worst(item.worst_forced),
         _worst(item.worst_free),
         decibel(image.snr_db if image else None),

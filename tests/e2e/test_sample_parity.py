@@ -51,6 +51,17 @@ def test_runtime_options_reach_the_runtime(run, handmade, fake, tmp_path):
         assert sheet.size == (10, 10)
 
 
+def test_words_of_one_runtime_are_not_handed_to_others(run, make, fake):
+    both = make({"a": ("fake", "float32"), "b": ("torch", "float32")})
+    words = ["parity", both, "--device", "GPU", "--inference-precision", "f16", "--threads", 2]
+    status, _, err = run(*words)
+    assert status == 2
+    assert "device and precision: each runtime has words of its own for it" in err
+    assert "the artifacts are for fake, torch; choose one, such as with --runtime torch" in err
+    assert run(*words, "--runtime", "fake")[0] == 0
+    assert fake.options == {"device": "GPU", "precision": "f16", "threads": 2}
+
+
 def test_seeds_make_a_sample_the_same_in_every_batch(handmade):
     pipeline = edgedistill.load(handmade, runtime="fake")
     many = pipeline(5, seed=3, class_labels=1).array
