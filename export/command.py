@@ -154,7 +154,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help="those to write, such as unet or vae_decoder; others may join later (default: all)",
+        help="networks to write, such as unet or vae_decoder; others may join later (default: all)",
     )
     graph = parser.add_argument_group("one graph")
     graph.add_argument(

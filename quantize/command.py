@@ -56,7 +56,7 @@ def register(commands: Any) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help="those to make smaller, such as vae_decoder; the others stay as they are (default: all)",
+        help="networks to make smaller, such as vae_decoder; others stay as they are (default: all)",
     )
     add_json(parser)
     parser.set_defaults(run=_run)

@@ -161,7 +161,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inference-precision",
         metavar="P",
-        help="of openvino's arithmetic: f32, f16, bf16, or auto, the device's own choice (default: f32)",
+        help="precision of openvino's arithmetic: f32, f16, bf16, or auto, the device's own choice (default: f32)",
     )
     parser.add_argument(
         "--threads", metavar="N", type=positive, help="CPU threads (default: the runtime's choice)"
