@@ -14,10 +14,9 @@ from edgedistill.probes import CALLS, Golden
 from edgedistill.table import SamplerTable
 from edgedistill.tables import DEFAULT, choose, golden_file
 
+from .summary import DEVICE
 from .verify import as_called, compare_row, finished
 
-DEVICE = "device"
-"""In the place of a runtime's name."""
 _OUTPUT = "output"
 _FORCED = ("raw", "x0", *CALLS)
 
@@ -144,7 +143,7 @@ def _compared(
     entry: ArtifactParity, path: Path, held: Arrays, table: SamplerTable, golden: Golden
 ) -> ArtifactParity:
     answers = [name for name in held if name in _answers(golden)]
-    described = f"{path}, {len(answers)} of {len(_answers(golden))} golden tensors"
+    described = f"{len(answers)} of {len(_answers(golden))} golden tensors, from {path}"
     entry = replace(entry, described=described)
     if bad := [name for name in answers if not np.isfinite(held[name]).all()]:
         return replace(entry, broken=f"NaN or infinity in {', '.join(bad[:3])}.")

@@ -40,6 +40,7 @@ def test_the_golden_tensors_themselves_are_equal(run, handmade):
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == "handmade, 4 samples from the same noise"
     line = out.splitlines()[4].split()
+    assert f"golden.safetensors: compared were 7 of 7 golden tensors, from {handmade}" in out
     assert line[:6] == ["golden.safetensors", "ok", "device", "float32", "-", "inf"]
 
 
@@ -66,7 +67,7 @@ def test_a_free_running_app_is_compared_by_states_and_samples(run, handmade, gol
         snr_db(golden["output"], half(golden["output"]))
     )
     assert set(item["sensitivity"]) == {"class_labels", "w"}
-    assert item["described"].endswith("device.safetensors, 2 of 7 golden tensors")
+    assert item["described"] == f"2 of 7 golden tensors, from {path}"
 
 
 def test_an_artifact_brings_its_floors(run, make, golden, written):
