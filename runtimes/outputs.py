@@ -136,7 +136,7 @@ def _answers(golden: Golden) -> dict[str, np.ndarray]:
 
 
 def _shape(array: np.ndarray) -> str:
-    return "x".join(map(str, array.shape)) or "an array"
+    return "x".join(map(str, array.shape)) or "a number"
 
 
 def _compared(

@@ -97,7 +97,7 @@ def test_where_guidance_lies_in_the_graphs_the_samples_are_those_of_its_scale(
     handmade, golden, written
 ):
     bundle = Bundle.open(handmade)
-    baked = dataclasses.replace(bundle.artifacts["fake-float32"], guidance_scale=2.0)
+    baked = dataclasses.replace(bundle.artifacts["fake-float32"], name="baked", guidance_scale=2.0)
     bundle = dataclasses.replace(bundle, artifacts={"baked": baked})
     path = written(output=golden["output"][golden["condition.w"] == 1])
     report = verify_outputs(bundle, path, artifact="baked")
@@ -143,11 +143,11 @@ def test_the_page_takes_what_is_there(run, handmade, golden, written, tmp_path):
             "noise.1 is what the device was fed",
         ),
         (lambda g: {"row_0_x0": g["row.0.x0"]}, "nothing in it has a floor"),
-        (lambda _: {"output": np.float32(0).reshape(())}, "got an array"),
+        (lambda _: {"output": np.zeros((), np.float32)}, "got a number"),
     ],
 )
 def test_what_cannot_be_compared_is_said(run, handmade, golden, written, change, message):
-    path = written(**{k: np.ascontiguousarray(v) for k, v in change(golden).items()})
+    path = written(**{k: v.copy(order="C") for k, v in change(golden).items()})
     status, out, err = run("parity", handmade, "--outputs", path, "--precision", "float32")
     assert (status, out) == (2, "")
     assert re.search(message, err)
