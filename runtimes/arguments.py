@@ -185,10 +185,9 @@ def check_outputs(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: In either case.
     """
-    if options.outputs is None:
-        names, why = ("precision", "sampler"), "only with --outputs"
-    else:
-        names = ("runtime", "device", "inference_precision", "threads")
+    names, why = ["precision", "sampler"], "only with --outputs"
+    if options.outputs is not None:
+        names = ["runtime", "device", "inference_precision", "threads"]
         why = "not with --outputs, which runs nothing"
     given = ", ".join("--" + name.replace("_", "-") for name in names if getattr(options, name))
     if given:

@@ -259,7 +259,8 @@ def compare_row(
     # Without the calls of a guided row, what guidance made of them stands in, as in bundles written before they were kept.
     alone = guided
     if calls:
-        alone = compare(*(np.concatenate([side[n] for n in calls]) for side in (kept, made)))
+        wanted, got = (np.concatenate([side[name] for name in calls]) for side in (kept, made))
+        alone = compare(wanted, got)
     return RowParity(
         index,
         next(iter(row.feeds.values()), None),
