@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 from edgedistill.agreement import snr_db
 from edgedistill.bundle import GOLDEN, Bundle
 from runtimes.outputs import verify_outputs
+from runtimes.report import render
 
 
 @pytest.fixture
@@ -121,6 +122,16 @@ def test_the_page_takes_what_is_there(run, handmade, golden, written, tmp_path):
     ):
         assert run("parity", handmade, "--outputs", written(**arrays), *words)[0] == 0
         assert ("No difference in any bit" in page.read_text()) == ("output" in arrays)
+
+
+def test_the_page_shows_another_sampler_where_it_is_the_only_one(handmade, golden, written):
+    path = written(output=golden["output"], row_0_next=golden["row.0.next"])
+    report = verify_outputs(Bundle.open(handmade), path, precision="float32")
+    (item,) = report.artifacts
+    other = dataclasses.replace(item, sampler="swift")
+    page = render(dataclasses.replace(report, artifacts=(other,)))
+    assert "No difference in any bit" in page
+    assert "polyline" in page
 
 
 @pytest.mark.parametrize(
