@@ -35,6 +35,22 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         ContractError: If the program uses an op that the evaluator does not know.
         MissingDependencyError: If coremltools or torch is not installed.
     """
+    device, threads = _chosen(options)
+    if device == REFERENCE:
+        return _open_reference(path, signature, threads)
+    return _open_core_ml(path, signature, COMPUTE_UNITS[device])
+
+
+def describe(options: Mapping[str, Any]) -> str:
+    """Say what runs a network under these options: Core ML on which units, or the evaluator."""
+    device, _ = _chosen(options)
+    if device == REFERENCE:
+        return "Core ML reference evaluator (not the Neural Engine)"
+    return f"Core ML (macOS {platform.mac_ver()[0]}, {COMPUTE_UNITS[device]})"
+
+
+def _chosen(options: Mapping[str, Any]) -> tuple[str, int]:
+    """Return device and threads."""
     devices = [*COMPUTE_UNITS, REFERENCE] if _on_macos() else [REFERENCE]
     chosen = accept("coreml", options, device=devices[0], threads=1)
     device = str(chosen["device"]).lower()
@@ -42,16 +58,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         why = "" if _on_macos() else ", for Core ML itself is on macOS only"
         msg = f"Runtime 'coreml' has no device {device!r} here; choose one of {', '.join(devices)}{why}."
         raise ConfigError(msg)
-    if device == REFERENCE:
-        return _open_reference(path, signature, int(chosen["threads"]))
-    return _open_core_ml(path, signature, COMPUTE_UNITS[device])
-
-
-def describe() -> str:
-    """Say what runs the network."""
-    if _on_macos():
-        return f"Core ML (macOS {platform.mac_ver()[0]})"
-    return "Core ML reference evaluator (not the Neural Engine)"
+    return device, int(chosen["threads"])
 
 
 def _on_macos() -> bool:
