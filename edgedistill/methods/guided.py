@@ -9,8 +9,9 @@ target holds with rising times.
 Equations as restated by others and checked by their identities; the paper's own numbering could not be
 read, so sections are named and equation numbers are not.
 
-Left open by the paper and chosen here: the weighting of stage 1 is a setting; w is drawn per example;
-every phase starts from the weights of the one before.
+Left open by the paper and chosen here: the weighting of stage 1 is a setting (``prediction``, the plain error
+of what the network predicts, is the safe choice for teachers of latents that predict eps); w is drawn per
+example; every phase starts from the weights of the one before.
 """
 
 import copy
