@@ -94,10 +94,11 @@ class GuidedSettings:
                 f"got {[low, high]} and {self.default_scale}."
             )
             raise ConfigError(msg)
-        halvings = {self.start_steps >> k for k in range(self.start_steps.bit_length())}
-        grids = {self.jumps(rows) for rows in self.steps}
-        if not self.steps or not grids <= halvings or self.start_steps % min(grids, default=1):
-            msg = f"`steps` must be halvings of `start_steps` {self.start_steps}, got {list(self.steps)}."
+        if not self.steps or not {self.jumps(rows) for rows in self.steps} <= {*self.halvings}:
+            msg = (
+                f"`steps` must be halvings of `start_steps` {self.start_steps}, which are {list(self.halvings)} "
+                f"(twice as many rows where the sampler is stochastic), got {list(self.steps)}."
+            )
             raise ConfigError(msg)
         if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] % 2):
             msg = f"The stochastic sampler trains one student of an even number of steps, got {list(self.steps)}."
@@ -113,6 +114,12 @@ class GuidedSettings:
             return self.default_guidance_scale
         low, high = self.guidance_scale
         return min(max(low, 1.0 if self.direction == "encode" else 1.5), high)
+
+    @property
+    def halvings(self) -> tuple[int, ...]:
+        """`start_steps`, and what is left of it as often as it can be halved."""
+        start = self.start_steps
+        return tuple(start >> k for k in range(start.bit_length()) if start % (1 << k) == 0)
 
     def jumps(self, rows: int) -> int:
         """Number of equal jumps from noise to data that the student of `rows` rows is trained for."""
