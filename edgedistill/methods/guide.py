@@ -51,8 +51,8 @@ def plan(settings: GuideSettings, context: Context) -> Plan:
     """Lay out both stages.
 
     Raises:
-        ConfigError: If the teacher has no null condition, the base is not to be the teacher as it is, or the
-            guide does not fit it.
+        ConfigError: If the teacher has no null condition, the base is not to be the teacher as it is, the
+            guide does not fit it, or as `edgedistill.methods.guided.stages`.
     """
     context.require_null()
     if (

@@ -130,13 +130,10 @@ def plan(settings: GuidedSettings, context: Context) -> Plan:
     """Lay out both stages.
 
     Raises:
-        ConfigError: If the teacher has no null condition, or the student would predict epsilon where the
-            first state holds next to nothing of x.
+        ConfigError: If the teacher has no null condition, the network cannot be given w, or as `stages`.
     """
     context.require_null()
-    student = context.student("w")
-    student.require_x0(student.schedule.num_train_timesteps - 1)
-    return stages(settings, context, student)
+    return stages(settings, context, context.student("w"))
 
 
 def stages(
@@ -153,7 +150,12 @@ def stages(
         student: What is trained.
         networks: What every row calls, in order, with the role that holds it; None: the student as ``unet``.
         further: Other roles that are emitted.
+
+    Raises:
+        ConfigError: If the student predicts epsilon where the first state holds next to nothing of x, the
+            schedule has fewer labels than jumps, or encoding begins beyond the first jump.
     """
+    student.require_x0(student.schedule.num_train_timesteps - 1)
     guidance = Guidance("embedded", "w", settings.default_scale, settings.guidance_scale)
     encode_from = settings.encode_from if settings.direction == "encode" else None
     halving = Halving(context, guidance, networks or {"unet": "student"}, encode_from)

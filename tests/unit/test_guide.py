@@ -376,6 +376,14 @@ def test_only_a_network_that_fits_is_put_in_place(trained: Student, tmp_path: Pa
         ({}, {"prediction_type": PredictionType.SAMPLE}, "base is the teacher as it is"),
         ({}, {"base": copy.deepcopy(TEACHER.network)}, "base is the teacher as it is"),
         ({}, {"null": {}}, "no null condition"),
+        (
+            {},
+            {
+                "teacher": Denoiser(TEACHER.network, SCHEDULE, PredictionType.EPSILON),
+                "prediction_type": PredictionType.EPSILON,
+            },
+            "x0 is lost in rounding; a guide's base",
+        ),
     ],
 )
 def test_what_makes_no_guide_is_refused(
