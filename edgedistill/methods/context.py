@@ -1,6 +1,7 @@
 """What a method builds its plan from: the frozen teacher, networks to start from, and what tables must say."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,9 @@ from edgedistill.models.lora import LoraSettings, inject
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+
+START_TOLERANCE = 0.02
+"""How far, relatively, a first state's scale may be from that of the first noise."""
 
 
 class Samples(Protocol):
@@ -104,6 +108,21 @@ class Context:
         """
         if not self.null:
             msg = "The teacher has no null condition, so there is no guidance to distil; train it with condition dropout."
+            raise ConfigError(msg)
+
+    def require_start(self, label: int) -> None:
+        """Refuse to begin at a label whose state has not the scale of the first noise.
+
+        Raises:
+            ConfigError: If a state ``alpha x + sigma eps`` is told from the noise that samplers start from.
+        """
+        alpha, sigma = self.schedule.alpha_sigma(label)
+        found, wanted = math.hypot(alpha, sigma), self.schedule.first_scale
+        if abs(found - wanted) > START_TOLERANCE * wanted:
+            msg = (
+                f"At label {label}, where the sampler is to start, a state has the scale {found:.4g}, and the noise "
+                f"that it starts from has the scale {wanted:g}; raise `sigma_max`."
+            )
             raise ConfigError(msg)
 
     def table(

@@ -55,7 +55,7 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.methods.states import noised_data
-from edgedistill.methods.targets import Predict, Solver, cfg_combine, solver_step
+from edgedistill.methods.targets import Predict, Solver, cfg_combine, require_solver, solver_step
 from edgedistill.models.critic import Critic
 from edgedistill.models.discriminator import Head
 from edgedistill.models.store import config_of
@@ -169,33 +169,29 @@ class CtmSettings:
         return self.guidance_scale - 1
 
 
-def plan(settings: CtmSettings, context: Context, perceptual: nn.Module | None = None) -> Plan:
+def plan(settings: CtmSettings, context: Context) -> Plan:
     """Lay out the two phases.
 
-    Args:
-        settings: Of the method.
-        context: Of the recipe.
-        perceptual: Maps images to the features that the consistency loss compares, such as a pretrained
-            VGG with its resizing; None: pixels.
-
     Raises:
-        ConfigError: If the schedule is too coarse for a grid, there is guidance without a null condition,
-            the student would predict epsilon where the first state has next to nothing of x, or a
-            critic of the teacher's features finds none.
+        ConfigError: If the schedule is too coarse for a grid, a grid begins far from the first noise, the
+            solver cannot take its first step, there is guidance without a null condition, the student
+            would predict epsilon where the first state has next to nothing of x, or a critic of the
+            teacher's features finds none.
     """
     if settings.w:
         context.require_null()
-    points = torch.tensor(settings.grid.labels(context.schedule))
+    labels = settings.grid.labels(context.schedule)
+    context.require_start(labels[0])
+    require_solver(settings.solver, context.schedule, *labels[:2])
+    points = torch.tensor(labels)
     student = context.student("s")
-    student.require_x0(int(points[0]))
+    student.require_x0(labels[0])
     follow = Follow("student", settings.average, warmed=False)
     roles = [
         Role("teacher", context.teacher),
         Role("student", student, trained=True),
         Role("average", copy.deepcopy(student), follows=follow),
     ]
-    if perceptual is not None:
-        roles.append(Role("perceptual", perceptual))
     objective = _Objective(settings, context, points)
     phases = [_phase("consistency", settings.consistency, objective)]
     if (against := settings.adversarial) is not None:
@@ -295,8 +291,7 @@ class _Objective:
         z = noised_data(step.roles["student"], step.batch, points[times.t], step.draw)
         estimate = image_of(step, z, points[times.t], points[times.s])
         target = target_of(settings, points, times, step, z)
-        features = step.roles.get("perceptual", lambda image: image)
-        lead = distance(features(estimate), features(target), settings.distance)
+        lead = distance(estimate, target, settings.distance)
         terms = {"consistency": lead}
         if settings.denoising.weight:
             term = self._denoising(step)
