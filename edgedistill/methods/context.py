@@ -13,7 +13,7 @@ from edgedistill.errors import ConfigError
 from edgedistill.methods.plan import Batch
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.extend import extend
-from edgedistill.models.inputs import SCALES, Inputs
+from edgedistill.models.inputs import Inputs, scales_of
 from edgedistill.models.lora import LoraSettings, inject
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
@@ -89,7 +89,7 @@ class Context:
         Raises:
             ConfigError: If the network cannot take them.
         """
-        inputs = Inputs({name: SCALES[name] for name in scalars}, image_channels, residuals)
+        inputs = Inputs(scales_of(scalars, self.schedule), image_channels, residuals)
         plain = copy.deepcopy(self.base) if inputs == Inputs() else extend(self.base, inputs)
         if self.lora is not None:
             inject(plain, self.lora)
@@ -111,17 +111,18 @@ class Context:
             raise ConfigError(msg)
 
     def require_start(self, label: int) -> None:
-        """Refuse to begin at a label whose state has not the scale of the first noise.
+        """Refuse to begin at a label whose state has not the scale of the first noise, which is the noisiest label's.
 
         Raises:
-            ConfigError: If a state ``alpha x + sigma eps`` is told from the noise that samplers start from.
+            ConfigError: If a state ``alpha x + sigma eps`` there is of another scale than the noise that samplers
+                start from.
         """
-        alpha, sigma = self.schedule.alpha_sigma(label)
-        found, wanted = math.hypot(alpha, sigma), self.schedule.first_scale
+        noisiest = self.schedule.num_train_timesteps - 1
+        found, wanted = (math.hypot(*self.schedule.alpha_sigma(t)) for t in (label, noisiest))
         if abs(found - wanted) > START_TOLERANCE * wanted:
             msg = (
-                f"At label {label}, where the sampler is to start, a state has the scale {found:.4g}, and the noise "
-                f"that it starts from has the scale {wanted:g}; raise `sigma_max`."
+                f"At label {label}, where the sampler is to start, a state has the scale {found:.4g}, but the noise that "
+                f"it starts from is that of label {noisiest}, of the scale {wanted:.4g}; raise `sigma_max`."
             )
             raise ConfigError(msg)
 

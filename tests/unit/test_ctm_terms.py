@@ -14,6 +14,7 @@ from edgedistill.methods.context import Context
 from edgedistill.methods.jumps import GridSettings
 from edgedistill.methods.plan import Batch, Plan, Step
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.inputs import scalar_embedding
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition
@@ -25,7 +26,7 @@ EDM = {"_class_name": "EDMEulerScheduler"}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 SHAPE, COUNT = (1, 8, 8), 8
 SETTINGS = ctm.CtmSettings(
-    grid=GridSettings(points=9),
+    grid=GridSettings(points=9, sigma_max=80.0),
     solver="dpm",
     most_steps=8,
     adversarial=ctm.AdversarialSettings(4, critic="pixels", width=8),
@@ -132,15 +133,18 @@ def test_an_untrained_critic_is_undecided_and_its_loss_is_its_own() -> None:
 def test_targets_from_pure_noise_are_finite_and_heuns_rule_is_refused_there(
     config: dict[str, Any], kind: str
 ) -> None:
-    made = context(config, kind)
-    points = torch.tensor(SETTINGS.grid.labels(made.schedule))
+    made, settings = (
+        context(config, kind),
+        dataclasses.replace(SETTINGS, grid=GridSettings(points=9)),
+    )
+    points = torch.tensor(settings.grid.labels(made.schedule))
     assert made.schedule.alphas[points[0]] == 0
-    step, _ = steps_of(ctm.plan(SETTINGS, made))
+    step, _ = steps_of(ctm.plan(settings, made))
     places = torch.zeros(COUNT, dtype=torch.long)
     times = ctm.Times(places, places + 4, 3)
-    assert torch.isfinite(ctm.target_of(SETTINGS, points, times, step, noise(1))).all()
+    assert torch.isfinite(ctm.target_of(settings, points, times, step, noise(1))).all()
     with pytest.raises(ConfigError, match="from label 999 to .* inf times .* set `solver: dpm`"):
-        ctm.plan(dataclasses.replace(SETTINGS, solver="heun"), made)
+        ctm.plan(dataclasses.replace(settings, solver="heun"), made)
 
 
 def test_heuns_rule_needs_a_first_step_that_is_not_too_long() -> None:
@@ -152,5 +156,21 @@ def test_heuns_rule_needs_a_first_step_that_is_not_too_long() -> None:
 
 def test_a_grid_that_begins_below_the_first_noise_is_refused() -> None:
     grid = GridSettings(points=9, sigma_max=40.0)
-    with pytest.raises(ConfigError, match=r"scale 39\.9.*scale 80; raise `sigma_max`"):
+    with pytest.raises(ConfigError, match=r"scale 39\.9.*scale 80\.01; raise `sigma_max`"):
         ctm.plan(dataclasses.replace(SETTINGS, grid=grid), context(EDM, "edm"))
+    low = {**EDM, "sigma_max": 2.0}  # the schedule's own beginning is the best that there is
+    assert ctm.plan(dataclasses.replace(SETTINGS, grid=GridSettings(points=9)), context(low, "edm"))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "scale"),
+    [(COSINE, "v_prediction", 1.0), (FLOW, "flow", 1.0), (EDM, "edm", 1000.0)],
+)
+def test_a_student_can_tell_the_times_of_its_grid_apart(
+    config: dict[str, Any], kind: str, scale: float
+) -> None:
+    made = context(config, kind)
+    assert made.student("s").network.config["scalar_inputs"] == {"s": scale}
+    labels = list(SETTINGS.grid.labels(made.schedule))
+    embedded = scalar_embedding(torch.tensor(made.schedule.feeds[labels]), scale)
+    assert (embedded[1:] - embedded[:-1]).norm(dim=1).min() > 1
