@@ -13,10 +13,12 @@ The last two are weighted so that they move the last layer as much as the first 
 label 0, the paper's smallest noise level.
 
 What the paper and its code leave open, or need pretrained networks for, is decided so. Distances are on
-pixels unless `plan` is handed a perceptual network. The critic sees pixels, or the frozen teacher's
-features, where the paper's sees those of ImageNet networks. The images that are to fool it are those of the
-consistency loss (the code draws others). Where the teacher is guided, so is the target of the denoising
-loss: data would draw the short jumps away from the guided trajectories.
+pixels, where the paper's are LPIPS. The critic sees pixels, or the frozen teacher's features, where the
+paper's sees those of ImageNet networks. The images that are to fool it are those of the consistency loss (the
+code draws others). Where the teacher is guided, so is the target of the denoising loss: data would draw the
+short jumps away from the guided trajectories. s enters as every scalar here does: one projection of its
+embedding, zero at first, is added to the sinusoid of the time before the time MLP; in the code s has an MLP of
+its own, and a projection in each block.
 """
 
 import copy
@@ -209,7 +211,7 @@ class Times(NamedTuple):
 
 
 def draw_times(settings: CtmSettings, draw: Draw) -> Times:
-    """Draw the places t <= u <= s; the number of steps from t to u is one for the batch."""
+    """Draw the places t < u <= s, (batch,) each; the number of steps from t to u is one for the batch."""
     most, last = settings.most_steps, settings.grid.points - 1
     if settings.steps_drawn == "uniform":
         steps = draw.shared_integer(1, most + 1)
@@ -226,7 +228,13 @@ def draw_times(settings: CtmSettings, draw: Draw) -> Times:
 
 
 def image_of(step: Step, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return where the student's jump t -> s ends once the moving average has jumped on to the end."""
+    """Return where the student's jump t -> s ends once the moving average has jumped on to the end.
+
+    Args:
+        step: Roles and conditions.
+        z: (batch, channels, height, width) state at t.
+        t, s: (batch,) labels, s <= t.
+    """
     conditions = step.batch.conditions
     landed = jump(step.roles["student"], z, t, s, conditions)
     return jump(step.roles["average"], landed, s, torch.full_like(s, END), conditions)
@@ -241,7 +249,7 @@ def target_of(settings: CtmSettings, points: Tensor, times: Times, step: Step, z
         points: The grid's labels, falling.
         times: Places on the grid.
         step: Roles and conditions.
-        z: State at t.
+        z: (batch, channels, height, width) state at t.
     """
     student, predict = step.roles["student"], _predict(settings, step)
     for place in range(times.steps):
@@ -268,7 +276,7 @@ def _predict(settings: CtmSettings, step: Step) -> Predict:
 
 
 def denoising_levels(settings: CtmSettings, schedule: Schedule, draw: Draw) -> Tensor:
-    """Draw the noise levels sigma/alpha (batch,) of the denoising loss."""
+    """Draw the noise levels sigma/alpha (batch,) of the denoising loss, before they are rounded to labels."""
     own = settings.denoising
     normal = (own.mean + own.deviation * draw.normal()).exp()
     spread = settings.grid.level(schedule, draw.uniform(0, own.high))
@@ -350,7 +358,11 @@ def _critic(settings: AdversarialSettings, context: Context) -> nn.Module:
 
 
 def table(settings: CtmSettings, context: Context, steps: int, gamma: float = 0.0) -> SamplerTable:
-    """Return the sampler of some jumps (see `gamma_rows`)."""
+    """Return the sampler of `steps` jumps, with a share `gamma` of fresh noise between (see `gamma_rows`).
+
+    Raises:
+        ConfigError: If the schedule is too coarse for as many jumps, or gamma is outside of [0, 1].
+    """
     labels = settings.grid.labels(context.schedule, steps + 1)
     rows = gamma_rows(context.schedule, labels, context.kind, gamma)
     scale = settings.guidance_scale

@@ -2,6 +2,10 @@
 
 What the public text leaves open is a setting: the grid of the time stamps, where it ends, the teacher's
 guidance. All is written in labels and (alpha, sigma), where the paper's Euler steps are DDIM's.
+
+SFD-v's number of stamps enters as every scalar here does: one projection of its embedding, zero at first, is
+added to the sinusoid of the time before the time MLP. The paper's code has a projection in each block, after
+that of the time.
 """
 
 import copy
@@ -240,7 +244,12 @@ def _second_course(settings: SfdSettings, second: SecondSettings, context: Conte
 
 
 def teacher_table(settings: SfdSettings, context: Context, labels: Sequence[int]) -> SamplerTable:
-    """Return the teacher's sampler along some labels: the solver's rows, guided where that is set."""
+    """Return the teacher's sampler along some labels: the solver's rows, guided where that is set.
+
+    Raises:
+        ConfigError: If the teacher predicts epsilon and x0 is not defined at a label, or the solver cannot
+            step along them.
+    """
     schedule, kind = context.schedule, context.teacher.prediction_type.value
     scale = None if settings.guidance_scale == 1 else settings.guidance_scale
     guidance = Guidance("cfg", None, scale, (scale, scale), context.null) if scale else None
@@ -257,6 +266,9 @@ def student_table(settings: SfdSettings, context: Context, labels: Sequence[int]
     """Return the student's sampler along its stamps: an analytic row where that is set, and DDIM's rows.
 
     A student of several samplers is told the number of stamps at every row.
+
+    Raises:
+        ConfigError: If the student predicts epsilon and x0 is not defined at a label that it is called at.
     """
     schedule, scale = context.schedule, settings.guidance_scale
     told = dict.fromkeys(settings.told, float(len(labels)))
