@@ -19,7 +19,6 @@ from edgedistill.methods import guide
 from edgedistill.methods.context import Context
 from edgedistill.methods.guided import PhaseSettings
 from edgedistill.methods.plan import Batch, Step
-from edgedistill.methods.states import noised_data
 from edgedistill.methods.targets import cfg_combine
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
@@ -230,25 +229,6 @@ def test_gradients_reach_the_guide_alone_and_copies_share_the_base(size: Any) ->
         term.backward()
     assert all(p.grad is None for n in ("base", "teacher") for p in modules[n].parameters())
     assert all(conv.weight.grad.abs().max() > 0 for conv in modules["student"].network.zero_convs)
-
-
-def test_stage_1_without_a_weight_is_the_papers_error_of_the_raw_prediction() -> None:
-    fold = dataclasses.replace(SETTINGS.fold, weighting="prediction")
-    plan = guide.plan(dataclasses.replace(SETTINGS, fold=fold), context())
-    modules = {role.name: role.module for role in plan.roles}
-    for conv in modules["student"].network.zero_convs:
-        nn.init.normal_(conv.weight, std=0.1)
-    labels = torch.arange(4, dtype=torch.int32)
-    given, null = {"class_labels": labels}, {"class_labels": labels * 0 + 10}
-    batch = Batch(torch.randn(4, 1, 8, 8), given, null)
-    draw, again = (PositionDraw(0, (), Slice(4, 0, 4), torch.device("cpu")) for _ in range(2))
-    (found,) = plan.phases[0].updates[0].loss(Step(modules, batch, draw)).terms.values()
-    w, t = again.uniform(0.0, 1.0), again.integers(0, 1000)
-    teacher, student = modules["teacher"], modules["student"]
-    z = noised_data(teacher, batch, t, again)
-    wanted = cfg_combine(teacher.raw(z, t, given), teacher.raw(z, t, null), w)
-    error = (student.raw(z, t, {**given, "w": w}) - wanted).square().mean()
-    torch.testing.assert_close(found, error, rtol=1e-4, atol=0)
 
 
 def test_what_is_emitted_calls_the_guide_then_the_base() -> None:
