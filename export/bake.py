@@ -6,9 +6,8 @@ from pathlib import Path
 
 from edgedistill.contract import Signature
 from edgedistill.edits import baked
-from edgedistill.errors import ConfigError
 from edgedistill.models import store
-from edgedistill.models.unet import ExtendedUNet2DModel, bake_guidance
+from edgedistill.models.extend import bake
 from edgedistill.student import EXAMPLES, Student
 from edgedistill.tables import tokenizers_of
 
@@ -35,14 +34,13 @@ def bake_student(student: Student, guidance_scale: float, folder: Path) -> Stude
         if signatures[name] == signature:
             shutil.copytree(student.folder(name), target)
             continue
-        network = store.load(student.folder(name))
-        if not isinstance(network, ExtendedUNet2DModel):
-            msg = f"Guidance cannot be baked into network {name!r}, a {type(network).__name__}; export it as an input."
-            raise ConfigError(msg)
-        store.save(bake_guidance(network, guidance_scale - 1), target)
+        store.save(bake(store.load(student.folder(name)), guidance_scale - 1), target)
     for name in (*tokenizers_of(student.samplers), EXAMPLES):
-        if (student.root / name).is_file():
-            shutil.copy2(student.root / name, folder / name)
+        source = student.root / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name)
+        elif source.is_file():
+            shutil.copy2(source, folder / name)
     default, *further = tables
     made = dataclasses.replace(
         student,

@@ -1,6 +1,7 @@
 """What a method builds its plan from: the frozen teacher, networks to start from, and what tables must say."""
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,11 +13,14 @@ from edgedistill.errors import ConfigError
 from edgedistill.methods.plan import Batch
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.extend import extend
-from edgedistill.models.inputs import SCALES, Inputs
+from edgedistill.models.inputs import Inputs, scales_of
 from edgedistill.models.lora import LoraSettings, inject
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance, Row, SamplerTable, Stage
+
+START_TOLERANCE = 0.02
+"""How far, relatively, a first state's scale may be from that of the first noise."""
 
 
 class Samples(Protocol):
@@ -85,7 +89,7 @@ class Context:
         Raises:
             ConfigError: If the network cannot take them.
         """
-        inputs = Inputs({name: SCALES[name] for name in scalars}, image_channels, residuals)
+        inputs = Inputs(scales_of(scalars, self.schedule), image_channels, residuals)
         plain = copy.deepcopy(self.base) if inputs == Inputs() else extend(self.base, inputs)
         if self.lora is not None:
             inject(plain, self.lora)
@@ -104,6 +108,22 @@ class Context:
         """
         if not self.null:
             msg = "The teacher has no null condition, so there is no guidance to distil; train it with condition dropout."
+            raise ConfigError(msg)
+
+    def require_start(self, label: int) -> None:
+        """Refuse to begin at a label whose state has not the scale of the first noise, which is the noisiest label's.
+
+        Raises:
+            ConfigError: If a state ``alpha x + sigma eps`` there is of another scale than the noise that samplers
+                start from.
+        """
+        noisiest = self.schedule.num_train_timesteps - 1
+        found, wanted = (math.hypot(*self.schedule.alpha_sigma(t)) for t in (label, noisiest))
+        if abs(found - wanted) > START_TOLERANCE * wanted:
+            msg = (
+                f"At label {label}, where the sampler is to start, a state has the scale {found:.4g}, but the noise that "
+                f"it starts from is that of label {noisiest}, of the scale {wanted:.4g}; raise `sigma_max`."
+            )
             raise ConfigError(msg)
 
     def table(

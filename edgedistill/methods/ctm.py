@@ -13,10 +13,12 @@ The last two are weighted so that they move the last layer as much as the first 
 label 0, the paper's smallest noise level.
 
 What the paper and its code leave open, or need pretrained networks for, is decided so. Distances are on
-pixels unless `plan` is handed a perceptual network. The critic sees pixels, or the frozen teacher's
-features, where the paper's sees those of ImageNet networks. The images that are to fool it are those of the
-consistency loss (the code draws others). Where the teacher is guided, so is the target of the denoising
-loss: data would draw the short jumps away from the guided trajectories.
+pixels, where the paper's are LPIPS. The critic sees pixels, or the frozen teacher's features, where the
+paper's sees those of ImageNet networks. The images that are to fool it are those of the consistency loss (the
+code draws others). Where the teacher is guided, so is the target of the denoising loss: data would draw the
+short jumps away from the guided trajectories. s enters as every scalar here does: one projection of its
+embedding, zero at first, is added to the sinusoid of the time before the time MLP; in the code s has an MLP of
+its own, and a projection in each block.
 """
 
 import copy
@@ -55,7 +57,7 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.methods.states import noised_data
-from edgedistill.methods.targets import Predict, Solver, cfg_combine, solver_step
+from edgedistill.methods.targets import Predict, Solver, cfg_combine, require_solver, solver_step
 from edgedistill.models.critic import Critic
 from edgedistill.models.discriminator import Head
 from edgedistill.models.store import config_of
@@ -169,33 +171,29 @@ class CtmSettings:
         return self.guidance_scale - 1
 
 
-def plan(settings: CtmSettings, context: Context, perceptual: nn.Module | None = None) -> Plan:
+def plan(settings: CtmSettings, context: Context) -> Plan:
     """Lay out the two phases.
 
-    Args:
-        settings: Of the method.
-        context: Of the recipe.
-        perceptual: Maps images to the features that the consistency loss compares, such as a pretrained
-            VGG with its resizing; None: pixels.
-
     Raises:
-        ConfigError: If the schedule is too coarse for a grid, there is guidance without a null condition,
-            the student would predict epsilon where the first state has next to nothing of x, or a
-            critic of the teacher's features finds none.
+        ConfigError: If the schedule is too coarse for a grid, a grid begins far from the first noise, the
+            solver cannot take its first step, there is guidance without a null condition, the student
+            would predict epsilon where the first state has next to nothing of x, or a critic of the
+            teacher's features finds none.
     """
     if settings.w:
         context.require_null()
-    points = torch.tensor(settings.grid.labels(context.schedule))
+    labels = settings.grid.labels(context.schedule)
+    context.require_start(labels[0])
+    require_solver(settings.solver, context.schedule, *labels[:2])
+    points = torch.tensor(labels)
     student = context.student("s")
-    student.require_x0(int(points[0]))
+    student.require_x0(labels[0])
     follow = Follow("student", settings.average, warmed=False)
     roles = [
         Role("teacher", context.teacher),
         Role("student", student, trained=True),
         Role("average", copy.deepcopy(student), follows=follow),
     ]
-    if perceptual is not None:
-        roles.append(Role("perceptual", perceptual))
     objective = _Objective(settings, context, points)
     phases = [_phase("consistency", settings.consistency, objective)]
     if (against := settings.adversarial) is not None:
@@ -213,7 +211,7 @@ class Times(NamedTuple):
 
 
 def draw_times(settings: CtmSettings, draw: Draw) -> Times:
-    """Draw the places t <= u <= s; the number of steps from t to u is one for the batch."""
+    """Draw the places t < u <= s, (batch,) each; the number of steps from t to u is one for the batch."""
     most, last = settings.most_steps, settings.grid.points - 1
     if settings.steps_drawn == "uniform":
         steps = draw.shared_integer(1, most + 1)
@@ -230,7 +228,13 @@ def draw_times(settings: CtmSettings, draw: Draw) -> Times:
 
 
 def image_of(step: Step, z: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Return where the student's jump t -> s ends once the moving average has jumped on to the end."""
+    """Return where the student's jump t -> s ends once the moving average has jumped on to the end.
+
+    Args:
+        step: Roles and conditions.
+        z: (batch, channels, height, width) state at t.
+        t, s: (batch,) labels, s <= t.
+    """
     conditions = step.batch.conditions
     landed = jump(step.roles["student"], z, t, s, conditions)
     return jump(step.roles["average"], landed, s, torch.full_like(s, END), conditions)
@@ -245,7 +249,7 @@ def target_of(settings: CtmSettings, points: Tensor, times: Times, step: Step, z
         points: The grid's labels, falling.
         times: Places on the grid.
         step: Roles and conditions.
-        z: State at t.
+        z: (batch, channels, height, width) state at t.
     """
     student, predict = step.roles["student"], _predict(settings, step)
     for place in range(times.steps):
@@ -272,7 +276,7 @@ def _predict(settings: CtmSettings, step: Step) -> Predict:
 
 
 def denoising_levels(settings: CtmSettings, schedule: Schedule, draw: Draw) -> Tensor:
-    """Draw the noise levels sigma/alpha (batch,) of the denoising loss."""
+    """Draw the noise levels sigma/alpha (batch,) of the denoising loss, before they are rounded to labels."""
     own = settings.denoising
     normal = (own.mean + own.deviation * draw.normal()).exp()
     spread = settings.grid.level(schedule, draw.uniform(0, own.high))
@@ -295,8 +299,7 @@ class _Objective:
         z = noised_data(step.roles["student"], step.batch, points[times.t], step.draw)
         estimate = image_of(step, z, points[times.t], points[times.s])
         target = target_of(settings, points, times, step, z)
-        features = step.roles.get("perceptual", lambda image: image)
-        lead = distance(features(estimate), features(target), settings.distance)
+        lead = distance(estimate, target, settings.distance)
         terms = {"consistency": lead}
         if settings.denoising.weight:
             term = self._denoising(step)
@@ -355,7 +358,11 @@ def _critic(settings: AdversarialSettings, context: Context) -> nn.Module:
 
 
 def table(settings: CtmSettings, context: Context, steps: int, gamma: float = 0.0) -> SamplerTable:
-    """Return the sampler of some jumps (see `gamma_rows`)."""
+    """Return the sampler of `steps` jumps, with a share `gamma` of fresh noise between (see `gamma_rows`).
+
+    Raises:
+        ConfigError: If the schedule is too coarse for as many jumps, or gamma is outside of [0, 1].
+    """
     labels = settings.grid.labels(context.schedule, steps + 1)
     rows = gamma_rows(context.schedule, labels, context.kind, gamma)
     scale = settings.guidance_scale

@@ -4,9 +4,9 @@ The guide sees the noised state, the time, the condition and w = g - 1, and answ
 skips and the middle of a frozen base, after whose encoder they are added; together they are trained to
 reproduce the guided base,
 
-    || base(z, t, c; residuals) - [e(z, t, c) + w (e(z, t, c) - e(z, t, null))] ||^2,
+    || base(z, t, c; residuals) - [e(z, t, c) + w (e(z, t, c) - e(z, t, null))] ||^2
 
-and then, by progressive distillation with the guide's parameters alone, to take fewer steps. Both stages are
+(as written with ``fold.weighting: prediction``; the others weigh it by time), and then, by progressive distillation with the guide's parameters alone, to take fewer steps. Both stages are
 those of `edgedistill.methods.guided`, whose student is here the guided pair. The base's package stays as it
 is; the same guide serves other fine-tunes of the base, see `edgedistill.models.replace`.
 
@@ -51,8 +51,8 @@ def plan(settings: GuideSettings, context: Context) -> Plan:
     """Lay out both stages.
 
     Raises:
-        ConfigError: If the teacher has no null condition, the base is not to be the teacher as it is, or the
-            guide does not fit it.
+        ConfigError: If the teacher has no null condition, the base is not to be the teacher as it is, the
+            guide does not fit it, or as `edgedistill.methods.guided.stages`.
     """
     context.require_null()
     if (

@@ -9,8 +9,9 @@ target holds with rising times.
 Equations as restated by others and checked by their identities; the paper's own numbering could not be
 read, so sections are named and equation numbers are not.
 
-Left open by the paper and chosen here: the weighting of stage 1 is a setting; w is drawn per example;
-every phase starts from the weights of the one before.
+Left open by the paper and chosen here: the weighting of stage 1 is a setting (``prediction``, the plain error
+of what the network predicts, is the safe choice for teachers of latents that predict eps); w is drawn per
+example; every phase starts from the weights of the one before.
 """
 
 import copy
@@ -93,10 +94,11 @@ class GuidedSettings:
                 f"got {[low, high]} and {self.default_scale}."
             )
             raise ConfigError(msg)
-        halvings = {self.start_steps >> k for k in range(self.start_steps.bit_length())}
-        grids = {self.jumps(rows) for rows in self.steps}
-        if not self.steps or not grids <= halvings or self.start_steps % min(grids, default=1):
-            msg = f"`steps` must be halvings of `start_steps` {self.start_steps}, got {list(self.steps)}."
+        if not self.steps or not {self.jumps(rows) for rows in self.steps} <= {*self.halvings}:
+            msg = (
+                f"`steps` must be halvings of `start_steps` {self.start_steps}, which are {list(self.halvings)} "
+                f"(twice as many rows where the sampler is stochastic), got {list(self.steps)}."
+            )
             raise ConfigError(msg)
         if self.sampler == "stochastic" and (len(self.steps) != 1 or self.steps[0] % 2):
             msg = f"The stochastic sampler trains one student of an even number of steps, got {list(self.steps)}."
@@ -113,6 +115,12 @@ class GuidedSettings:
         low, high = self.guidance_scale
         return min(max(low, 1.0 if self.direction == "encode" else 1.5), high)
 
+    @property
+    def halvings(self) -> tuple[int, ...]:
+        """`start_steps`, and what is left of it as often as it can be halved."""
+        start = self.start_steps
+        return tuple(start >> k for k in range(start.bit_length()) if start % (1 << k) == 0)
+
     def jumps(self, rows: int) -> int:
         """Number of equal jumps from noise to data that the student of `rows` rows is trained for."""
         return rows // 2 if self.sampler == "stochastic" else rows
@@ -122,13 +130,10 @@ def plan(settings: GuidedSettings, context: Context) -> Plan:
     """Lay out both stages.
 
     Raises:
-        ConfigError: If the teacher has no null condition, or the student would predict epsilon where the
-            first state holds next to nothing of x.
+        ConfigError: If the teacher has no null condition, the network cannot be given w, or as `stages`.
     """
     context.require_null()
-    student = context.student("w")
-    student.require_x0(student.schedule.num_train_timesteps - 1)
-    return stages(settings, context, student)
+    return stages(settings, context, context.student("w"))
 
 
 def stages(
@@ -145,7 +150,12 @@ def stages(
         student: What is trained.
         networks: What every row calls, in order, with the role that holds it; None: the student as ``unet``.
         further: Other roles that are emitted.
+
+    Raises:
+        ConfigError: If the student predicts epsilon where the first state holds next to nothing of x, the
+            schedule has fewer labels than jumps, or encoding begins beyond the first jump.
     """
+    student.require_x0(student.schedule.num_train_timesteps - 1)
     guidance = Guidance("embedded", "w", settings.default_scale, settings.guidance_scale)
     encode_from = settings.encode_from if settings.direction == "encode" else None
     halving = Halving(context, guidance, networks or {"unet": "student"}, encode_from)

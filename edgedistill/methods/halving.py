@@ -38,7 +38,7 @@ class Halving:
         descending, and `encode_from`.
 
         Raises:
-            ConfigError: If encoding begins beyond the first jump.
+            ConfigError: If the schedule has fewer labels than jumps, or encoding begins beyond the first jump.
         """
         trailing = self.context.schedule.timesteps(count, "trailing")
         if self.encode_from is None:
@@ -49,7 +49,11 @@ class Halving:
         return [*trailing, self.encode_from]
 
     def deterministic(self, count: int) -> SamplerTable:
-        """Return a table of `count` DDIM rows."""
+        """Return a table of `count` DDIM rows.
+
+        Raises:
+            ConfigError: If the schedule has fewer labels than rows, or as `grid`.
+        """
         schedule, kind, grid = self.context.schedule, self.context.kind, self.grid(count)
         rows = tuple(
             ddim_row(schedule, grid[k], grid[k - 1], kind, network=tuple(self.networks))
@@ -60,6 +64,9 @@ class Halving:
 
     def stochastic(self, count: int) -> SamplerTable:
         """Return `count` rows that jump by 2/N and noise back by 1/N; the last one returns x0.
+
+        Raises:
+            ConfigError: If the schedule has fewer labels than rows.
 
         References:
             Meng et al., arXiv:2210.03142, section 3.3.

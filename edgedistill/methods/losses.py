@@ -13,7 +13,7 @@ from edgedistill.prediction import SIGMA_DATA, x0_coefficients
 
 Adversarial = Literal["hinge", "non_saturating"]
 Distance = Literal["l2", "pseudo_huber"]
-Weighting = Literal["truncated_snr", "snr_plus_one", "edm"]
+Weighting = Literal["truncated_snr", "snr_plus_one", "edm", "prediction"]
 
 
 def weighted_mse(
@@ -27,12 +27,15 @@ def weighted_mse(
         t: (batch,) timesteps.
         weighting: ``truncated_snr`` is max(SNR, 1), the larger of the errors of x and of eps;
             ``snr_plus_one`` is 1 + SNR, which is the plain error of v; ``edm`` is 1 / SIGMA_DATA^2 + SNR,
-            which is the plain error of EDM's F.
+            which is the plain error of EDM's F; ``prediction`` is the plain error of whatever the network
+            predicts (`prediction_mse`), such as SNR for eps.
 
     References:
         Salimans and Ho, arXiv:2202.00512, section 4 (truncated SNR and SNR+1 weighting); Karras et al.,
         arXiv:2206.00364, table 1.
     """
+    if weighting == "prediction":
+        return prediction_mse(denoiser, x0, target, t)
     alpha, sigma = denoiser.alpha_sigma(t)
     snr = (alpha / sigma).square().flatten()
     added = {"snr_plus_one": 1.0, "edm": SIGMA_DATA**-2}
@@ -118,11 +121,24 @@ def critic_loss(real: Tensor, fake: Tensor, kind: Adversarial) -> Tensor:
 
 
 def fooling_loss(fake: Tensor, kind: Adversarial) -> Tensor:
-    """Return the student's side of `critic_loss`."""
+    """Return the student's side of `critic_loss`: least where the critic takes all of its images for data.
+
+    Args:
+        fake: (batch,) scores of what the student made, with their graph.
+        kind: That of the critic's loss.
+    """
     return -fake.mean() if kind == "hinge" else softplus(-fake).mean()
 
 
 def matching_loss(images: Tensor, gradient: Tensor) -> Tensor:
-    """Return a number whose derivative by the images is the gradient, divided by how many numbers there are."""
+    """Return a number whose derivative by the images is the gradient, divided by how many numbers there are.
+
+    Args:
+        images: (batch, channels, height, width), the student's, with their graph.
+        gradient: Shaped as they are, such as `matching_gradient`; it gets no gradient itself.
+
+    References:
+        Yin et al., arXiv:2405.14867 (DMD2), as its public code has it.
+    """
     target = (images - gradient).detach()
     return 0.5 * (images - target).square().mean()

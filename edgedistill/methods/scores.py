@@ -69,7 +69,18 @@ def score_loss(settings: ScoreSettings, context: Context, student: str) -> LossF
 
 
 def match_scores(teacher: Denoiser, student: Denoiser, step: Step, features: float) -> Losses:
-    """Compare two networks' predictions, and their blocks, on noised data at any time."""
+    """Compare two networks' predictions, and their blocks, on noised data at any time.
+
+    Args:
+        teacher: What is matched; called without gradients.
+        student: What is trained; it takes the same conditions.
+        step: Gives x (batch, channels, height, width), its conditions, and randomness.
+        features: Weight of the mean over the blocks of the mean squared differences of what leaves them; 0
+            leaves it out.
+
+    Returns:
+        ``scores``, the plain error of the prediction, and ``features`` where they are weighted.
+    """
     conditions = step.batch.conditions
     t = step.draw.integers(0, teacher.schedule.num_train_timesteps)
     z = noised_data(teacher, step.batch, t, step.draw)

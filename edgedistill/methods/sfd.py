@@ -2,11 +2,14 @@
 
 What the public text leaves open is a setting: the grid of the time stamps, where it ends, the teacher's
 guidance. All is written in labels and (alpha, sigma), where the paper's Euler steps are DDIM's.
+
+SFD-v's number of stamps enters as every scalar here does: one projection of its embedding, zero at first, is
+added to the sinusoid of the time before the time MLP. The paper's code has a projection in each block, after
+that of the time.
 """
 
 import copy
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -42,7 +45,6 @@ from edgedistill.table import Guidance, Row, SamplerTable
 
 END = -1
 STEP = "step"  # the input that tells a student of several samplers how many time stamps there are
-START_TOLERANCE = 0.02
 ORDERS = {"dpmpp3m": 3, "dpmpp2m": 2, "ddim": 1}
 
 
@@ -157,12 +159,13 @@ def plan(settings: SfdSettings, context: Context) -> Plan:
     """Lay out the training: the main stage, and the second one where there is one.
 
     Raises:
-        ConfigError: If the schedule has no such stamps, the student predicts epsilon where its first call
-            finds next to nothing of x, or guidance is wanted of a teacher without a null condition.
+        ConfigError: If the schedule has no such stamps, or none near the first noise, the student predicts
+            epsilon where its first call finds next to nothing of x, or guidance is wanted of a teacher
+            without a null condition.
     """
     if settings.guidance_scale != 1:
         context.require_null()
-    _check_start(settings, context.schedule)
+    context.require_start(time_stamps(settings, context.schedule, 3)[0])
     student = context.student(*settings.told)
     roles = [Role("teacher", context.teacher), Role("student", student, trained=True)]
     courses = [_main_course(settings, context, count) for count in settings.stamps]
@@ -176,18 +179,6 @@ def plan(settings: SfdSettings, context: Context) -> Plan:
         copies = (("student", "first"),)
         phases.append(_phase("second", settings.second, loss, [course], copies))
     return Plan(tuple(roles), tuple(phases))
-
-
-def _check_start(settings: SfdSettings, schedule: Schedule) -> None:
-    """Refuse a first stamp whose state has not the scale of the first noise."""
-    alpha, sigma = schedule.alpha_sigma(time_stamps(settings, schedule, 3)[0])
-    found, wanted = math.hypot(alpha, sigma), schedule.first_scale
-    if abs(found - wanted) > START_TOLERANCE * wanted:
-        msg = (
-            f"At `sigma_max` {settings.sigma_max:g} a state has the scale {found:.4g}, and sampling starts from "
-            f"noise of the scale {wanted:g}; raise `sigma_max`."
-        )
-        raise ConfigError(msg)
 
 
 def _phase(
@@ -253,7 +244,12 @@ def _second_course(settings: SfdSettings, second: SecondSettings, context: Conte
 
 
 def teacher_table(settings: SfdSettings, context: Context, labels: Sequence[int]) -> SamplerTable:
-    """Return the teacher's sampler along some labels: the solver's rows, guided where that is set."""
+    """Return the teacher's sampler along some labels: the solver's rows, guided where that is set.
+
+    Raises:
+        ConfigError: If the teacher predicts epsilon and x0 is not defined at a label, or the solver cannot
+            step along them.
+    """
     schedule, kind = context.schedule, context.teacher.prediction_type.value
     scale = None if settings.guidance_scale == 1 else settings.guidance_scale
     guidance = Guidance("cfg", None, scale, (scale, scale), context.null) if scale else None
@@ -270,6 +266,9 @@ def student_table(settings: SfdSettings, context: Context, labels: Sequence[int]
     """Return the student's sampler along its stamps: an analytic row where that is set, and DDIM's rows.
 
     A student of several samplers is told the number of stamps at every row.
+
+    Raises:
+        ConfigError: If the student predicts epsilon and x0 is not defined at a label that it is called at.
     """
     schedule, scale = context.schedule, settings.guidance_scale
     told = dict.fromkeys(settings.told, float(len(labels)))

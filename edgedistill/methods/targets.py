@@ -6,8 +6,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edgedistill.errors import ConfigError
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.schedule import Schedule
 
+MOST_SHARE = 100.0
+"""Of Heun's second estimate in a step from noise; beyond it next to nothing of x was left, and it says nothing."""
 Predict = Callable[[Tensor, Tensor], Tensor]
 Solver = Literal["heun", "dpm", "ddim"]
 
@@ -55,7 +59,8 @@ def solver_step(
 
     Both second-order solvers are a DDIM step of ``D_t + share * (D_s - D_t)``, where D_s is the estimate
     at the state to which D_t alone leads: Heun's rule in the noise level r = sigma/alpha has the share
-    ``r_t / (2 r_s)``, and needs steps that are small in log r; DPM-Solver++'s has 1/2 whatever the step.
+    ``r_t / (2 r_s)``, and needs steps that are small in log r (from alpha = 0 the share is infinite, see
+    `require_solver`); DPM-Solver++'s has 1/2 whatever the step.
 
     Args:
         denoiser: Gives alpha and sigma.
@@ -76,6 +81,27 @@ def solver_step(
     alpha_s, sigma_s = denoiser.alpha_sigma(s)
     share = sigma_t * alpha_s / (2 * alpha_t * sigma_s) if solver == "heun" else 0.5
     return ddim_step(denoiser, z, first + share * (predict(landed, s) - first), t, s)
+
+
+def require_solver(solver: Solver, schedule: Schedule, t: int, s: int) -> None:
+    """Refuse Heun's rule for a first step from where next to nothing of x is left.
+
+    Args:
+        solver: Of the teacher's ODE.
+        schedule: The noise schedule.
+        t, s: Labels that the first step leads from and to, s < t.
+
+    Raises:
+        ConfigError: If Heun's share of the second estimate is infinite, or above `MOST_SHARE`.
+    """
+    before, after = float(schedule.levels[t]), float(schedule.levels[s])
+    share = before / after / 2
+    if solver == "heun" and share > MOST_SHARE:
+        msg = (
+            f"`solver: heun` cannot step from label {t} to {s}: from the noise level sigma/alpha {before:.3g} to "
+            f"{after:.3g} it would take {share:.3g} times the second estimate; set `solver: dpm`."
+        )
+        raise ConfigError(msg)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from edgedistill.models.inputs import (
     picture,
     scalar_embedding,
 )
-from edgedistill.models.unet import zero_convs
+from edgedistill.models.unet import baked_state, zero_convs
 
 ADDED = ("text_embeds", "time_ids")
 """What a stock network of Stable Diffusion XL takes beside its text: the embedded prompt, and sizes."""
@@ -37,8 +37,7 @@ class ExtendedUNet2DConditionModel(UNet2DConditionModel):
     """
 
     def __init__(self, config: Mapping[str, Any], inputs: Inputs) -> None:
-        known = inspect.signature(UNet2DConditionModel.__init__).parameters
-        stock = {name: value for name, value in config.items() if name in known}
+        stock = _stock(config)
         width = EMBEDDING_DIM
         if inputs.scalars:
             # A latent-consistency model says how wide the embedding of its one scalar is.
@@ -204,6 +203,26 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_config(
         {key: value for key, value in config.items() if not key.startswith("_")}
     )
+
+
+def bake_conditional_guidance(
+    model: ExtendedUNet2DConditionModel, w: float
+) -> UNet2DConditionModel:
+    """Return a stock `UNet2DConditionModel` that equals `model` at one guidance weight and takes none.
+
+    Raises:
+        ConfigError: If the model has other inputs than w.
+    """
+    state = baked_state(model, model.inputs, w)
+    stock = UNet2DConditionModel(**{**_stock(model.config), "time_cond_proj_dim": None})
+    stock.load_state_dict(state)
+    return stock.eval()
+
+
+def _stock(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a configuration that the stock class takes."""
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    return {name: value for name, value in config.items() if name in known}
 
 
 def refuse_unknown_inputs(config: Mapping[str, Any]) -> None:

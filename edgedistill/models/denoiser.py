@@ -31,6 +31,7 @@ class Denoiser(nn.Module):
     sigmas: Tensor
     feeds: Tensor
     in_scales: Tensor
+    instead_of_epsilon = "set `prediction_type: v_prediction` in the recipe"
 
     def __init__(
         self, network: nn.Module, schedule: Schedule, prediction_type: PredictionType
@@ -168,7 +169,7 @@ class Denoiser(nn.Module):
         if self.prediction_type is PredictionType.EPSILON and alpha < MIN_EPSILON_ALPHA:
             msg = (
                 f"A student that predicts epsilon cannot start where alpha is {alpha:.1e}: x0 is lost in rounding; "
-                "set `prediction_type: v_prediction` in the recipe."
+                f"{self.instead_of_epsilon}."
             )
             raise ConfigError(msg)
 

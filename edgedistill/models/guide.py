@@ -30,6 +30,10 @@ class GuidedDenoiser(Denoiser):
         base: Takes them.
     """
 
+    instead_of_epsilon = (
+        "a guide's base is the teacher as it is, so take a teacher that predicts v or x0"
+    )
+
     def __init__(self, guide: nn.Module, base: Denoiser) -> None:
         super().__init__(guide, base.schedule, base.prediction_type)
         self.base = base

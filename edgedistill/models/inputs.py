@@ -1,16 +1,21 @@
 """What a network may take beside its stock inputs, and how numbers among it are embedded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from edgedistill.schedule import Schedule
 
 EMBEDDING_DIM = 256
 SCALES = {"w": 1000.0, "s": 1.0, "step": 100.0, "r": 100.0}
 """By scalar input: what it is multiplied with before its sinusoid (guidance as in latent-consistency models)."""
+LOGARITHM_SCALE = 1000.0
+"""That of s where times are told as ln(sigma)/4: 250 ln(s), as the code of arXiv:2310.02279 has it."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,17 @@ class Inputs:
     image_channels: int = 0
     residuals: bool = False
     mask: bool = False
+
+
+def scales_of(scalars: Iterable[str], schedule: Schedule) -> dict[str, float]:
+    """Return what each scalar input is multiplied with in a network of a schedule.
+
+    s is told as times are: labels count up to hundreds, but EDM's ln(sigma)/4 spans less than 3, and the
+    embeddings of what is so near cannot be told apart.
+    """
+    is_logarithm = np.allclose(schedule.feeds, np.log(schedule.sigmas) / 4)
+    scales = {**SCALES, "s": LOGARITHM_SCALE} if is_logarithm else SCALES
+    return {name: scales[name] for name in scalars}
 
 
 def scalar_embedding(value: Tensor, scale: float, dim: int = EMBEDDING_DIM) -> Tensor:

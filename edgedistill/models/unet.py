@@ -142,26 +142,43 @@ def zero_convs(config: Mapping[str, Any], base_channels: Sequence[int]) -> nn.Mo
 def bake_guidance(model: ExtendedUNet2DModel, w: float) -> UNet2DModel:
     """Return a stock `UNet2DModel` that equals `model` at one guidance weight.
 
-    The projected embedding of a constant w is a constant vector before the first linear layer of the
-    time MLP, so it folds into that layer's bias.
-
     Raises:
         ConfigError: If the model has other inputs than w.
     """
-    config = model.config
-    scalars: Mapping[str, float] = config["scalar_inputs"]
-    if set(scalars) != {"w"} or config["image_channels"] or config["residual_inputs"]:
-        msg = f"Only a network whose one further input is w can be baked; this one takes: {', '.join(scalars) or 'none'}."
+    stock = build_stock(model.config)
+    stock.load_state_dict(baked_state(model, inputs_of(model.config), w))
+    return stock.eval()
+
+
+def baked_state(model: nn.Module, inputs: Inputs, w: float) -> dict[str, Tensor]:
+    """Return the weights of a stock network that equals `model` at one guidance weight.
+
+    The projected embedding of a constant w is a constant vector before the first linear layer of the
+    time MLP, so it folds into that layer's bias.
+
+    Args:
+        model: Has a time MLP as diffusers' UNets do, with a projection of w.
+        inputs: What it takes beside the stock inputs.
+        w: Meng's guidance weight.
+
+    Raises:
+        ConfigError: If it has other inputs than w.
+    """
+    if set(inputs.scalars) != {"w"} or inputs.image_channels or inputs.residuals:
+        msg = f"Only a network whose one further input is w can be baked; this one takes: {', '.join(_named(inputs)) or 'none'}."
         raise ConfigError(msg)
-    stock = build_stock(config)
     state = model.state_dict()
     projection = state.pop("time_embedding.cond_proj.weight")
-    embedding = scalar_embedding(torch.tensor([w]), scalars["w"], projection.shape[1])[0]
+    embedding = scalar_embedding(torch.tensor([w]), inputs.scalars["w"], projection.shape[1])[0]
     vector = projection @ embedding.to(projection)
     bias = state["time_embedding.linear_1.bias"]
     state["time_embedding.linear_1.bias"] = bias + state["time_embedding.linear_1.weight"] @ vector
-    stock.load_state_dict(state)
-    return stock.eval()
+    return state
+
+
+def _named(inputs: Inputs) -> list[str]:
+    others = {"image": inputs.image_channels, "mask": inputs.mask, "residuals": inputs.residuals}
+    return [*inputs.scalars, *(name for name, there in others.items() if there)]
 
 
 def build_stock(config: Mapping[str, Any]) -> UNet2DModel:

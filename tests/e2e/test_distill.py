@@ -280,12 +280,14 @@ def test_stage_1_alone_is_a_student_that_follows_w(tmp_path: Path) -> None:
     with torch.no_grad():
         conditional = frozen.raw(z, t, {"class_labels": labels})
         unconditional = frozen.raw(z, t, {"class_labels": torch.full_like(labels, 10)})
-        for scale in (2.0, 4.0):
+        # Of the whole answer at 0; else of the guidance, all of which the conditional call misses. Measured 0.25, 0.62,
+        # 0.41 and 0.43.
+        for scale, most in ((0.0, 0.33), (1.0, 0.75), (2.0, 0.65), (4.0, 0.65)):
             w = torch.full((len(x),), scale)
             wanted = cfg_combine(conditional, unconditional, w)
             got = folded.raw(z, t, {"class_labels": labels, "w": w})
-            # One call comes nearer to two guided ones than the conditional call does; measured 0.5 and 0.4.
-            assert (got - wanted).norm() < 0.65 * (conditional - wanted).norm(), scale
+            whole = conditional - wanted if scale else conditional
+            assert (got - wanted).norm() < most * whole.norm(), scale
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -1,23 +1,30 @@
-"""What one folded student serves from its bundle: encoding, style transfer, edits, guidance by input.
+"""What one folded student serves from its bundle: encoding, style transfer, edits, guidance by input, or baked in.
 
 Its training is one step of next to no length, so that it is the teacher: the tables are what is tested.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import edgedistill
 from edgedistill.data import load_digits
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.evaluation.report import Evaluator
+from edgedistill.models import store
+from edgedistill.models.run import sample_torch
 from edgedistill.pipeline import Pipeline
+from edgedistill.student import Student
 from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import distill
 from export.assemble import export_student
+from export.bake import bake_student
 
-RECIPE = Path(__file__).parents[2] / "examples" / "digits_guided.yaml"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPE = EXAMPLES / "digits_guided.yaml"
 COUNT = 100
 DIGITS = load_digits("test")
 IMAGES, LABELS = DIGITS.images[:COUNT], DIGITS.labels[:COUNT]
@@ -120,3 +127,28 @@ def test_what_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
         pipeline(tmp_path, "guided.direction=encode", "guided.encode_from=70")
     with pytest.raises(ConfigError, match="no stochastic sampler that encodes"):
         pipeline(tmp_path, "guided.direction=encode", "guided.sampler=stochastic")
+
+
+def drawn(student: Student, guidance_scale: float | None = None) -> np.ndarray:
+    modules = {name: store.load(student.folder(name)) for name in student.signatures}
+    prompts = {"encoder_hidden_states": ["a handwritten three", "the digit seven"]}
+    told = {"guidance_scale": guidance_scale, "tokenize": student.tokenize}
+    return sample_torch(modules, student.table, 2, **told, **prompts)
+
+
+def test_guidance_is_baked_into_a_student_that_reads_prompts(
+    short: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    recipe = short(EXAMPLES / "captioned_guided.yaml")
+    student = distill(recipe, tmp_path / "student", quiet=True)
+    weights = student.root / "unet" / store.WEIGHTS
+    state = load_file(weights)
+    name = "time_embedding.cond_proj.weight"
+    state[name] = 0.1 * np.random.default_rng(0).standard_normal(state[name].shape, np.float32)
+    save_file(state, weights)
+    student.write_manifest()
+    (tmp_path / "baked").mkdir()
+    baked = bake_student(student, 2.0, tmp_path / "baked")
+    assert (baked.table.guidance.mode, baked.table.guidance.default) == ("baked", 2.0)
+    np.testing.assert_allclose(drawn(baked), drawn(student, 2.0), rtol=0, atol=1e-5)
+    assert np.abs(drawn(baked) - drawn(student, 1.0)).max() > 1e-3

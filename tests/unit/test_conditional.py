@@ -7,8 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from edgedistill.errors import ConfigError
 from edgedistill.models import store
-from edgedistill.models.extend import extend
+from edgedistill.models.extend import bake, extend
 from edgedistill.models.inputs import Inputs
 from edgedistill.models.residuals import residual_encoder
 
@@ -74,6 +75,41 @@ def test_a_student_of_w_opens_in_diffusers_and_takes_the_embedding_of_its_pipeli
         timestep_cond=embedding,
     ).sample
     torch.testing.assert_close(made, network(**given), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_baked_guidance_is_a_stock_network_equal_at_its_w(
+    stock: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    network = extend(stock, Inputs({"w": 1000.0}))
+    torch.nn.init.normal_(network.time_embedding.cond_proj.weight, std=0.1)
+    baked = bake(network, 0.7)
+    assert type(baked) is UNet2DConditionModel
+    assert baked.config.time_cond_proj_dim is None
+    given = feeds(network)
+    plain = {name: value for name, value in given.items() if name != "w"}
+    same, other = (network(**{**plain, "w": torch.full((2,), w)}) for w in (0.7, 0.2))
+    torch.testing.assert_close(baked(**plain).sample, same, rtol=0, atol=1e-5)
+    assert (other - same).abs().max() > 1e-2
+    store.save(baked, tmp_path)
+    assert "w" not in {spec.name for spec in store.signature(store.load(tmp_path)).inputs}
+    opened = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert torch.equal(opened(**plain).sample, baked(**plain).sample)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (Inputs({"w": 1000.0, "s": 1.0}), "this one takes: w, s"),
+        (Inputs({"w": 1000.0}, image_channels=2), "this one takes: w, image"),
+        (Inputs(residuals=True), "this one takes: residuals"),
+    ],
+)
+def test_only_guidance_is_baked(stock: UNet2DConditionModel, inputs: Inputs, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bake(extend(stock, inputs), 0.7)
+    with pytest.raises(ConfigError, match="cannot be baked into a UNet2DConditionModel"):
+        bake(stock, 0.7)
 
 
 @torch.no_grad()

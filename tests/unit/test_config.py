@@ -75,9 +75,31 @@ def test_overrides_leave_the_original_alone_and_need_an_equals_sign() -> None:
 
 
 @pytest.mark.parametrize(
+    "guided",
+    [
+        {"start_steps": 6, "steps": [3]},
+        {"start_steps": 12, "steps": [3, 12]},
+        {"start_steps": 6, "steps": [6], "sampler": "stochastic"},
+        {"start_steps": 1, "steps": [1]},
+    ],
+    ids=str,
+)
+def test_any_number_of_steps_is_halved_as_often_as_it_can_be(guided: dict[str, object]) -> None:
+    data = {"name": "n", "teacher": "digits", "data": "digits", "guided": guided}
+    assert build(recipe_class("guided"), data, "r.yaml").settings.steps == tuple(guided["steps"])
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"guided": {"steps": [3]}}, "must be halvings of `start_steps` 16"),
+        ({"guided": {"steps": [1], "start_steps": 12}}, "which are .12, 6, 3."),
+        ({"guided": {"steps": [2], "start_steps": 10}}, "which are .10, 5."),
+        ({"guided": {"steps": [3, 1], "start_steps": 6}}, "which are .6, 3."),
+        (
+            {"guided": {"steps": [2], "start_steps": 6, "sampler": "stochastic"}},
+            "twice as many rows where the sampler is stochastic",
+        ),
         ({"guided": {"guidance_scale": [0.0, 2.0]}}, "must be \\[low, high\\] with 1 <= low"),
         (
             {"guided": {"sampler": "stochastic", "steps": [4, 2]}},

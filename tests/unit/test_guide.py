@@ -41,11 +41,13 @@ from edgedistill.training.recipe import Recipe
 from edgedistill.training.run import distill
 from edgedistill.validate import validate
 from export.assemble import export_student
+from export.formats import ExportOptions
 
 RECIPE = Path(__file__).parents[2] / "examples" / "digits_guide.yaml"
 TEACHER = Teacher.open("digits")
 SCHEDULE = Schedule.from_config(TEACHER.scheduler)
 KIND = PredictionType(TEACHER.prediction_type)
+FORMATS = ["onnx", "openvino", "coreml"]
 SETTINGS = guide.GuideSettings(
     guidance_scale=(1.0, 2.0), start_steps=4, steps=(4, 2), widths=(8, 8), embedding_dim=16
 )
@@ -208,8 +210,9 @@ def test_a_tiny_guide_of_stable_diffusion_is_under_one_and_a_half_per_cent() -> 
     ]
 
 
-def test_gradients_reach_the_guide_alone_and_copies_share_the_base() -> None:
-    plan = guide.plan(SETTINGS, context())
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_gradients_reach_the_guide_alone_and_copies_share_the_base(size: Any) -> None:
+    plan = guide.plan(dataclasses.replace(SETTINGS, size=size), context())
     modules = {role.name: role.module for role in plan.roles}
     assert modules["previous"].base is modules["student"].base is modules["base"]
     assert modules["previous"].network is not modules["student"].network
@@ -266,12 +269,13 @@ def test_an_untrained_guide_is_silent_on_every_runtime(size: str, tmp_path: Path
         store.save(module, tmp_path / "s" / name)
     signatures = {name: store.signature(module) for name, module in modules.items()}
     Student(tmp_path / "s", "silent", table, signatures).write_manifest()
-    bundle = export_student(Student.open(tmp_path / "s"), tmp_path / "b", ["onnx", "openvino"])
+    options = ExportOptions(dtype="float32")
+    bundle = export_student(Student.open(tmp_path / "s"), tmp_path / "b", FORMATS, options)
     zeros = {
         spec.name: np.zeros((5, *spec.shape[1:]), np.float32)
         for spec in signatures["guide"].outputs
     }
-    for artifact in ("onnx-float32", "openvino-float32"):
+    for artifact in (f"{name}-float32" for name in FORMATS):
         opened = pipeline.load(bundle, artifact=artifact)
         z = np.random.default_rng(0).standard_normal((5, 1, 8, 8), np.float32)
         labels = np.arange(5, dtype=np.int32)
@@ -356,6 +360,14 @@ def test_only_a_network_that_fits_is_put_in_place(trained: Student, tmp_path: Pa
         ({}, {"prediction_type": PredictionType.SAMPLE}, "base is the teacher as it is"),
         ({}, {"base": copy.deepcopy(TEACHER.network)}, "base is the teacher as it is"),
         ({}, {"null": {}}, "no null condition"),
+        (
+            {},
+            {
+                "teacher": Denoiser(TEACHER.network, SCHEDULE, PredictionType.EPSILON),
+                "prediction_type": PredictionType.EPSILON,
+            },
+            "x0 is lost in rounding; a guide's base",
+        ),
     ],
 )
 def test_what_makes_no_guide_is_refused(

@@ -97,6 +97,15 @@ def test_weightings_are_the_errors_of_v_and_the_larger_of_x_and_eps() -> None:
     torch.testing.assert_close(weighted_mse(d, *x0, t, "truncated_snr"), wanted, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_plain_weighting_is_the_error_of_what_is_predicted(kind: str) -> None:
+    d, z, t = denoiser(kind), noise(0), torch.tensor([50, 200, 400, 600, 800, 990])
+    raws = noise(1), noise(2)
+    x0 = [d.to_x0(z, t, raw) for raw in raws]
+    wanted = (raws[0] - raws[1]).square().mean()
+    torch.testing.assert_close(weighted_mse(d, *x0, t, "prediction"), wanted, rtol=1e-3, atol=0)
+
+
 def test_the_signature_of_a_denoiser_is_its_networks() -> None:
     assert denoiser().signature == Signature(
         (
