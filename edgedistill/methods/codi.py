@@ -32,7 +32,6 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.models.extend import extend
 from edgedistill.models.guide import GuidedDenoiser
 from edgedistill.models.inputs import Inputs
 from edgedistill.models.residuals import residual_encoder
@@ -126,7 +125,8 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
     """Lay out the phases.
 
     Raises:
-        ConfigError: If the network takes no adapter, or the images do not divide by `factor`.
+        ConfigError: If the network takes no adapter, the base of a lone adapter is not the teacher as it is, or the
+            images do not divide by `factor`.
     """
     _, height, width = context.shape
     if settings.task == "super_resolution" and (
@@ -182,15 +182,17 @@ def _roles(
 ) -> tuple[tuple[Role, ...], dict[str, str]]:
     """Return the roles, and the role of each network of the table."""
     (channels, *_), follow = controls[0].shape or (1,), Follow("student", settings.ema)
-    inputs = Inputs(image_channels=channels, mask=len(controls) > 1)
+    masked = len(controls) > 1
     if settings.control == "channels":
-        network = extend(context.base, inputs)
-        student = Denoiser(network, context.schedule, context.prediction_type)
+        student = context.student(image_channels=channels, mask=masked)
         average = Role("average", copy.deepcopy(student), follows=follow)
         return (Role("student", student, trained=True), average), {"unet": "average"}
+    if settings.trains == "adapter":
+        context.require_frozen_base("An adapter", ", or train it too (`codi.trains: all`)")
     base = context.student(residuals=True)
     whole = settings.cut == CutSettings()
     source = context.base if whole else cut(context.base, settings.cut)
+    inputs = Inputs(image_channels=channels, mask=masked)
     adapter = residual_encoder(source, base.network, inputs)
     everything = settings.trains == "all"
     last = copy.deepcopy(base) if everything else base

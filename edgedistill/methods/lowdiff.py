@@ -105,7 +105,8 @@ def plan(settings: LowdiffSettings, context: Context) -> Plan:
     """Lay out the one phase.
 
     Raises:
-        ConfigError: If a factor does not divide the images, or the network takes no further inputs.
+        ConfigError: If a factor does not divide the images, the network takes no further inputs, or low-rank updates
+            of random weights are asked for.
     """
     shapes = stage_shapes(settings.factors, context.shape)
     student = _student(settings, context, cascaded=len(shapes) > 1)
@@ -140,6 +141,9 @@ def stage_shapes(factors: tuple[int, ...], shape: Shape) -> tuple[Shape, ...]:
 
 
 def _student(settings: LowdiffSettings, context: Context, *, cascaded: bool) -> Denoiser:
+    if settings.start == "random" and context.lora is not None:
+        msg = "Low-rank updates of random weights learn nothing; set `lowdiff.start: teacher`, or leave `lora` out of the recipe."
+        raise ConfigError(msg)
     made = context.student("r", image_channels=context.shape[0]) if cascaded else context.student()
     if settings.start == "random":
         with torch.random.fork_rng():
