@@ -305,6 +305,30 @@ def test_times_are_those_of_the_public_code() -> None:
     assert row_times(late, 50, 4) == [(999, 739), (739, 479), (479, 219), (219, 0)]
 
 
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_a_sampler_has_as_many_rows_as_its_name_says_or_is_refused(context, spacing: str) -> None:
+    grid = jump_grid(context.schedule, 50, spacing)
+    possible = tuple(n for n in range(1, 51) if len(row_times(grid, 50, n)) == n)
+    made = plan(CodiSettings(spacing=spacing, steps=possible), context).phases[0].emits
+    assert len(made.table.rows) == 1
+    assert {name: len(table.rows) for name, table in made.samplers.items()} == {
+        f"{n}-step": n for n in possible[1:]
+    }
+    named = ", ".join(map(str, possible))
+    for count in {*range(1, 51)} - {*possible}:
+        with pytest.raises(ConfigError, match=rf"`steps` \[{count}\] .* choose among {named}, or"):
+            plan(CodiSettings(spacing=spacing, steps=(4, count)), context)
+
+
+def test_epsilon_cannot_start_where_nothing_of_x_is_left(context) -> None:
+    kind = PredictionType.EPSILON
+    teacher = Denoiser(context.base, context.schedule, kind)
+    changed = dataclasses.replace(context, teacher=teacher, prediction_type=kind)
+    plan(CodiSettings(), changed)
+    with pytest.raises(ConfigError, match="cannot start where alpha is 4.9e-05"):
+        plan(CodiSettings(spacing="trailing"), changed)
+
+
 def toy(feeds: dict) -> dict:
     """A smooth guess of v, by class."""
     tone = np.asarray(feeds["class_labels"], np.float64)[:, None, None, None]
