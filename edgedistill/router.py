@@ -24,7 +24,7 @@ class Router:
         students: How many there are.
         table: For ``class_table``: the student of each class.
         planes, bias: For ``sign_planes``: plane p sets bit p of the student where ``planes[p] @ embedding +
-            bias[p] >= 0``; P planes part 2^P students.
+            bias[p] >= 0``; P planes part 2^P students, and of 1 there are none.
         network: The name in the rows that is routed.
     """
 
@@ -55,8 +55,8 @@ class Router:
         elif self.kind == SIGN_PLANES:
             if self.students != 2 ** len(self.planes) or len(self.bias) != len(self.planes):
                 yield f"{len(self.planes)} planes need as many biases and part {2 ** len(self.planes)} students"
-            if not self.planes or len({len(plane) for plane in self.planes}) != 1 or self.table:
-                yield "sign planes are one or more, all of one size, and come without a table"
+            if len({len(plane) for plane in self.planes}) > 1 or self.table:
+                yield "sign planes are all of one size, and come without a table"
         else:
             yield f"router kind must be {CLASS_TABLE} or {SIGN_PLANES}, got {self.kind!r}"
         if not finite(*self.bias, *(x for plane in self.planes for x in plane)):
@@ -86,6 +86,8 @@ def route(router: Router, given: Mapping[str, Any]) -> np.ndarray:
             msg = f"`{router.on}` must hold one class from 0 to {len(router.table) - 1} per sample, got {value.tolist()!r:.60}."
             raise ContractError(msg)
         return np.asarray(router.table)[value]
+    if not router.planes:
+        return np.zeros(len(value), np.int64)
     planes = np.asarray(router.planes, np.float64)
     if value.ndim != 2 or value.shape[1] != planes.shape[1]:
         msg = f"`{router.on}` must have shape (batch, {planes.shape[1]}), got {value.shape}."

@@ -2,6 +2,12 @@
 
 The paper's main equation and its pseudo-code differ in the state at the earlier time (`CodiSettings.state`), and
 the boundary scaling and the sampler's times are those of its public code.
+
+There is no guidance: both networks are compared unguided, and a row of the tables is one call; the public code also
+trains with both guided, and its demo guides in sampling. Where guidance is wanted, fold it first
+(`edgedistill.methods.guided`, stage 1 alone), bake it (``edgedistill export --guidance-scale``), and let that
+network be the teacher; or give a table of one's own rows of `edgedistill.rows.boundary_row` with a
+``guidance_scale``, which are two calls each.
 """
 
 import copy
@@ -32,7 +38,6 @@ from edgedistill.methods.plan import (
     Update,
 )
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.models.extend import extend
 from edgedistill.models.guide import GuidedDenoiser
 from edgedistill.models.inputs import Inputs
 from edgedistill.models.residuals import residual_encoder
@@ -126,7 +131,9 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
     """Lay out the phases.
 
     Raises:
-        ConfigError: If the network takes no adapter, or the images do not divide by `factor`.
+        ConfigError: If the network takes no adapter, the base of a lone adapter is not the teacher as it is, the
+            images do not divide by `factor`, the schedule has fewer labels than jumps, the jumps make no sampler
+            of so many steps, or the student would predict epsilon where the first state has next to nothing of x.
     """
     _, height, width = context.shape
     if settings.task == "super_resolution" and (
@@ -134,8 +141,13 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
     ):
         msg = f"`factor` {settings.factor} does not divide images of {height}x{width}."
         raise ConfigError(msg)
+    grid = jump_grid(context.schedule, settings.jumps, settings.spacing)
+    require_steps(grid, settings.jumps, settings.steps)
     controls = control_conditions(settings.task, context.shape, context.clamp or LATENT_LIMITS)
     roles, networks = _roles(settings, context, controls)
+    for role in roles:
+        if isinstance(role.module, Denoiser):
+            role.module.require_x0(grid[-1])
     tables = {str(count): _table(settings, context, controls, count) for count in settings.steps}
     default, *further = tables
     student = Emission(
@@ -149,7 +161,6 @@ def plan(settings: CodiSettings, context: Context) -> Plan:
     if settings.adapt is not None:
         alone = dataclasses.replace(settings, agreement=0.0)
         stretches = {"adapt": (settings.adapt, alone), **stretches}
-    grid = jump_grid(context.schedule, settings.jumps, settings.spacing)
     trained = tuple(role.name for role in roles if role.trained)
     # What a phase goes on from is the average of the one before.
     averages = tuple((role.name, role.follows.role) for role in roles if role.follows is not None)
@@ -182,15 +193,17 @@ def _roles(
 ) -> tuple[tuple[Role, ...], dict[str, str]]:
     """Return the roles, and the role of each network of the table."""
     (channels, *_), follow = controls[0].shape or (1,), Follow("student", settings.ema)
-    inputs = Inputs(image_channels=channels, mask=len(controls) > 1)
+    masked = len(controls) > 1
     if settings.control == "channels":
-        network = extend(context.base, inputs)
-        student = Denoiser(network, context.schedule, context.prediction_type)
+        student = context.student(image_channels=channels, mask=masked)
         average = Role("average", copy.deepcopy(student), follows=follow)
         return (Role("student", student, trained=True), average), {"unet": "average"}
+    if settings.trains == "adapter":
+        context.require_frozen_base("An adapter", ", or train it too (`codi.trains: all`)")
     base = context.student(residuals=True)
     whole = settings.cut == CutSettings()
     source = context.base if whole else cut(context.base, settings.cut)
+    inputs = Inputs(image_channels=channels, mask=masked)
     adapter = residual_encoder(source, base.network, inputs)
     everything = settings.trains == "all"
     last = copy.deepcopy(base) if everything else base
@@ -223,6 +236,26 @@ def row_times(grid: tuple[int, ...], jumps: int, count: int) -> list[tuple[int, 
     return list(itertools.pairwise([*chosen, 0]))
 
 
+def require_steps(grid: tuple[int, ...], jumps: int, counts: tuple[int, ...]) -> None:
+    """Refuse numbers of rows that whole strides over the grid do not make.
+
+    Args:
+        grid: Of `jump_grid`.
+        jumps: Number of jumps that it was made of.
+        counts: Numbers of rows that are asked for.
+
+    Raises:
+        ConfigError: Naming the numbers that there are.
+    """
+    possible = [n for n in range(1, jumps + 1) if len(row_times(grid, jumps, n)) == n]
+    if missing := sorted({*counts} - {*possible}):
+        msg = (
+            f"`steps` {missing} cannot be made of {jumps} jumps, every ceil(jumps / steps)-th of which is a row's time; "
+            f"choose among {', '.join(map(str, possible))}, or other `jumps`."
+        )
+        raise ConfigError(msg)
+
+
 def _table(
     settings: CodiSettings, context: Context, controls: tuple[Condition, ...], count: int
 ) -> SamplerTable:
@@ -250,7 +283,12 @@ def _table(
 
 
 def codi_loss(settings: CodiSettings, grid: tuple[int, ...]) -> LossFunction:
-    """Return the loss: distance to the data, and agreement with oneself over one jump of `grid`."""
+    """Return the loss: distance to the data, and agreement with oneself over one jump.
+
+    Args:
+        settings: Of the method.
+        grid: Rising labels, of `jump_grid`; a jump leads from one to the one before.
+    """
     labels = torch.tensor(grid)
 
     def loss(step: Step) -> Losses:
@@ -288,7 +326,18 @@ def data_terms(
     t: Tensor,
     controls: Conditions,
 ) -> dict[str, Tensor]:
-    """Return the terms that need no second network: distances to the data, and to its control."""
+    """Return the terms that need no second network: distances to the data, and to its control.
+
+    Args:
+        settings: Weights of the terms; those of weight 0 are left out.
+        student: Says how the distance is weighted by noise level.
+        x0, x: (batch, channels, height, width), the student's estimate and the data.
+        t: (batch,) labels.
+        controls: The image and the mask (batch, ., height, width) that the data was turned into.
+
+    Returns:
+        Scalars by name.
+    """
     terms = {}
     if settings.guidance and settings.weighting is None:
         terms["guidance"] = settings.guidance * (x0 - x).square().mean()
@@ -303,7 +352,15 @@ def data_terms(
 def estimates(
     denoiser: Denoiser, z: Tensor, t: Tensor, conditions: Conditions, timestep_scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the estimate of x, which is z itself at label 0, and the network's eps."""
+    """Return the estimate of x, which is z itself at label 0, and the network's eps; both shaped as z.
+
+    Args:
+        denoiser: The network.
+        z: (batch, channels, height, width) state.
+        t: (batch,) labels.
+        conditions: The network's other inputs.
+        timestep_scaling: See `CodiSettings`.
+    """
     raw = denoiser.raw(z, t, conditions)
     c_skip, c_out = boundary_coefficients(t[:, None, None, None], timestep_scaling)
     x0 = c_skip * z + c_out * denoiser.to_x0(z, t, raw)

@@ -83,13 +83,19 @@ class Context:
         """The students' prediction type as rows name it."""
         return self.prediction_type.value
 
-    def student(self, *scalars: str, image_channels: int = 0, residuals: bool = False) -> Denoiser:
+    def student(
+        self, *scalars: str, image_channels: int = 0, residuals: bool = False, mask: bool = False
+    ) -> Denoiser:
         """Return a fresh student that starts from `base`, with further inputs where they are named.
+
+        Args:
+            *scalars: Keys of `SCALES`.
+            image_channels, residuals, mask: See `Inputs`.
 
         Raises:
             ConfigError: If the network cannot take them.
         """
-        inputs = Inputs(scales_of(scalars, self.schedule), image_channels, residuals)
+        inputs = Inputs(scales_of(scalars, self.schedule), image_channels, residuals, mask)
         plain = copy.deepcopy(self.base) if inputs == Inputs() else extend(self.base, inputs)
         if self.lora is not None:
             inject(plain, self.lora)
@@ -99,6 +105,27 @@ class Context:
         """Return a denoiser with the teacher's weights that may be trained."""
         network = copy.deepcopy(self.teacher.network)
         return Denoiser(network, self.schedule, self.teacher.prediction_type)
+
+    def require_frozen_base(self, side: str, otherwise: str = "") -> None:
+        """Refuse a recipe that changes the base of a side network which alone is trained.
+
+        Args:
+            side: The side network, for people.
+            otherwise: What else there is to do than to leave settings out, for people.
+
+        Raises:
+            ConfigError: If students are cut, predict something else than the teacher, or get low-rank updates:
+                nothing would train them to it.
+        """
+        if (
+            self.base is not self.teacher.network
+            or self.prediction_type != self.teacher.prediction_type
+        ):
+            msg = f"{side}'s base is the teacher as it is; leave `student` and `prediction_type` out of the recipe{otherwise}."
+            raise ConfigError(msg)
+        if self.lora is not None:
+            msg = f"{side}'s base stays as it is, so that nothing would train its low-rank updates; leave `lora` out of the recipe{otherwise}."
+            raise ConfigError(msg)
 
     def require_null(self) -> None:
         """Refuse a teacher whose guidance cannot be computed.

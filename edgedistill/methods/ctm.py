@@ -114,6 +114,12 @@ class AdversarialSettings(Stretch):
         default_factory=lambda: OptimizerSettings("radam", 2e-3, (0.5, 0.9), decay="constant")
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.noise < 0 or (self.critic == "teacher" and self.noise > 1):
+            msg = f"`noise` must not be negative, and with `critic: teacher`, a share of labels, not above 1, got {self.noise:g}."
+            raise ConfigError(msg)
+
 
 @dataclass(frozen=True)
 class CtmSettings:

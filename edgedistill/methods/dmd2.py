@@ -2,9 +2,11 @@
 
 The student's images are noised and shown to two denoisers: the frozen teacher, which knows the data, and a
 fake score, which learns what the student makes at the moment. Their difference is the gradient that moves
-the student's distribution onto the teacher's. There is no regression onto the teacher's samples; in its
-place the fake score and its head, one critic, make several steps for each one of the student (two
-time-scales), and the head, which sees the features in the middle of the fake score, adds a GAN loss on data.
+the student's distribution onto the teacher's. In the place of DMD's regression onto the teacher's samples the
+fake score and its head, one critic, make several steps for each one of the student (two time-scales), and the
+head, which sees the features in the middle of the fake score, adds a GAN loss on data. Regression is there all the
+same, as a setting: the paper's one-step SDXL warms up by it, and so do the recipes of the packaged teachers,
+whose students keep more variety so.
 
 Equations and settings are those of the paper's public code, whose section numbers could not be checked.
 Decided here: the fake score's loss is the plain error of what it predicts, which is the code's for eps and
@@ -59,7 +61,7 @@ class StageSettings(Stretch):
 
     Fields:
         student_gan: Weight of the GAN loss in the student's update.
-        critic_gan: Weight of the GAN loss in the critic's update; both 0: no GAN.
+        critic_gan: Weight of the GAN loss in the critic's update; 0: no GAN, and so `student_gan` must be 0.
         regression: Weight of the squared error to the teacher's samples of the same noise, which DMD
             needed and DMD2 does without.
     """
@@ -70,10 +72,22 @@ class StageSettings(Stretch):
     critic_gan: float = 0.0
     regression: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = (self.student_gan, self.critic_gan, self.regression)
+        if min(weights) < 0:
+            msg = (
+                f"`student_gan`, `critic_gan` and `regression` must not be negative, got {weights}."
+            )
+            raise ConfigError(msg)
+        if self.student_gan and not self.critic_gan:
+            msg = f"`student_gan` {self.student_gan:g} would fool a head that `critic_gan` 0 never trains; set both above 0, or both to 0."
+            raise ConfigError(msg)
+
     @property
     def has_gan(self) -> bool:
         """Whether the head is trained."""
-        return self.student_gan > 0 or self.critic_gan > 0
+        return self.critic_gan > 0
 
 
 @dataclass(frozen=True)
@@ -300,6 +314,14 @@ def generate(table: SamplerTable, student: Denoiser, step: Step) -> Tensor:
     """Return images of one of the student's evaluations, drawn for the whole batch.
 
     Its input is what the sampler itself would have come to (the paper's backward simulation).
+
+    Args:
+        table: The student's sampler.
+        student: Called as ``unet``.
+        step: Gives conditions and randomness; which evaluation it is, is drawn too.
+
+    Returns:
+        (batch, channels, height, width), with gradients of that evaluation alone.
     """
     row = step.draw.shared_integer(0, len(table.rows))
     noises = [step.draw.normal(*table.stages[0].shape) for _ in range(row + 1)]

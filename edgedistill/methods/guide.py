@@ -20,7 +20,6 @@ from typing import Literal
 
 from torch import nn
 
-from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
 from edgedistill.methods.guided import GuidedSettings, stages
 from edgedistill.methods.plan import Plan, Role
@@ -55,12 +54,7 @@ def plan(settings: GuideSettings, context: Context) -> Plan:
             guide does not fit it, or as `edgedistill.methods.guided.stages`.
     """
     context.require_null()
-    if (
-        context.base is not context.teacher.network
-        or context.kind != context.teacher.prediction_type
-    ):
-        msg = "A guide's base is the teacher as it is; leave `student` and `prediction_type` out of the recipe."
-        raise ConfigError(msg)
+    context.require_frozen_base("A guide")
     base = context.student(residuals=True)
     pair = GuidedDenoiser(_guide(settings, context, base.network), base)
     networks = {"guide": "student", "unet": "base"}

@@ -2,7 +2,8 @@
 
 Not distillation: trained on data with the teacher's own loss, the squared error of what it predicts. How the paper
 tells a stage of the smaller image, disturbs and drops it, and divides training among the stages is not public;
-here the smaller image enlarged enters the first layer, with noise as in other cascades.
+here the smaller image enlarged enters the first layer, with noise as in other cascades. An image that is dropped is
+all zeros, as that of the first stage; no flag tells the network so.
 """
 
 import copy
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from edgedistill.errors import ConfigError
 from edgedistill.methods.context import Context
+from edgedistill.methods.losses import prediction_mse
 from edgedistill.methods.plan import (
     Draw,
     Emission,
@@ -33,7 +35,7 @@ from edgedistill.methods.plan import (
 )
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
-from edgedistill.prediction import PredictionType, x0_coefficients
+from edgedistill.prediction import PredictionType
 from edgedistill.rows import ddim_row
 from edgedistill.sampler import resize
 from edgedistill.table import SamplerTable, Stage
@@ -105,10 +107,13 @@ def plan(settings: LowdiffSettings, context: Context) -> Plan:
     """Lay out the one phase.
 
     Raises:
-        ConfigError: If a factor does not divide the images, or the network takes no further inputs.
+        ConfigError: If a factor does not divide the images, the network takes no further inputs, low-rank updates of
+            random weights are asked for, two times of a stage are the same, or the student would predict epsilon
+            where the first state has next to nothing of x.
     """
     shapes = stage_shapes(settings.factors, context.shape)
     student = _student(settings, context, cascaded=len(shapes) > 1)
+    student.require_x0(context.schedule.num_train_timesteps - 1)
     average = Role("average", copy.deepcopy(student), follows=Follow("student", settings.ema))
     tables = {_name(steps): _table(settings, context, shapes, steps) for steps in settings.steps}
     default, *further = tables
@@ -140,6 +145,9 @@ def stage_shapes(factors: tuple[int, ...], shape: Shape) -> tuple[Shape, ...]:
 
 
 def _student(settings: LowdiffSettings, context: Context, *, cascaded: bool) -> Denoiser:
+    if settings.start == "random" and context.lora is not None:
+        msg = "Low-rank updates of random weights learn nothing; set `lowdiff.start: teacher`, or leave `lora` out of the recipe."
+        raise ConfigError(msg)
     made = context.student("r", image_channels=context.shape[0]) if cascaded else context.student()
     if settings.start == "random":
         with torch.random.fork_rng():
@@ -149,7 +157,14 @@ def _student(settings: LowdiffSettings, context: Context, *, cascaded: bool) -> 
 
 
 def cascade_loss(settings: LowdiffSettings, shapes: tuple[Shape, ...]) -> LossFunction:
-    """Return the squared error of the prediction at one stage, the same for the whole batch."""
+    """Return the squared error of the prediction at one stage, the same for the whole batch.
+
+    It is the plain error of what the network predicts (see `prediction_mse`).
+
+    Args:
+        settings: Of the method.
+        shapes: (channels, height, width) of each stage, as of `stage_shapes`; the batch's images are of the last.
+    """
 
     def loss(step: Step) -> Losses:
         student, draw = step.roles["student"], step.draw
@@ -164,8 +179,8 @@ def cascade_loss(settings: LowdiffSettings, shapes: tuple[Shape, ...]) -> LossFu
             r = torch.full_like(x[:, 0, 0, 0], relative_size(shape, shapes[-1]))
             image = z * 0 if stage == 0 else told_image(settings, step, shapes[stage - 1], shape)
             told = {"r": r, "image": image}
-        raw = student.raw(z, t, {**step.batch.conditions, **told})
-        return Losses({_network(shape): prediction_error(student, z, t, raw, x)})
+        x0 = student.x0(z, t, {**step.batch.conditions, **told})
+        return Losses({_network(shape): prediction_mse(student, x0, x, t)})
 
     return loss
 
@@ -179,22 +194,22 @@ def draw_times(settings: LowdiffSettings, denoiser: Denoiser, draw: Draw) -> Ten
 
 
 def told_image(settings: LowdiffSettings, step: Step, before: Shape, shape: Shape) -> Tensor:
-    """Return what a stage is told of the true smaller image, noised; for some samples nothing, which is zeros."""
+    """Return what a stage is told of the true smaller image, noised; for some samples nothing, which is zeros.
+
+    Args:
+        settings: Of the method.
+        step: Gives the images and the randomness.
+        before, shape: (channels, height, width) of the stage before, and of this one.
+
+    Returns:
+        (batch, channels, height, width) of this stage.
+    """
     draw = step.draw
     small = resize(step.batch.x, "area_down", before)
     scale = draw.uniform(*settings.image_noise)[:, None, None, None]
     image = resize(small, "up_nearest", shape) + scale * draw.normal(*shape)
     kept = draw.uniform(0.0, 1.0)[:, None, None, None] >= settings.image_dropout
     return image * kept
-
-
-def prediction_error(denoiser: Denoiser, z: Tensor, t: Tensor, raw: Tensor, x: Tensor) -> Tensor:
-    """Return the mean squared error of the raw prediction, from that of the x it stands for.
-
-    For v that is the plain loss of v; for EDM's F it has the weights of arXiv:2206.00364, table 1.
-    """
-    _, a_r = x0_coefficients(denoiser.prediction_type, *denoiser.alpha_sigma(t))
-    return ((denoiser.to_x0(z, t, raw) - x) / a_r).square().mean()
 
 
 def relative_size(shape: Shape, last: Shape) -> float:

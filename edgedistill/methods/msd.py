@@ -35,12 +35,15 @@ class MSDSettings:
     Fields:
         students: K. Classes are parted into ranges that follow one another; prompts need a power of two.
         only: Trains this student alone, so that K jobs train them at the same time; `edgedistill join` puts
-            what they write together. None: all, one after the other.
+            what they write together. None: all, one after the other, in a run that holds all K in its memory
+            and in every checkpoint, however many it trains at a time: where K students are much, train them
+            by `only`, whose runs are of the same size whatever K is.
         score: The stage before the others, for students of another architecture than the teacher.
         dmd2: The other stages.
         share_pairs: Whether a regression onto the teacher's samples uses those of all students' parts.
         through: Whose prompts the planes are laid through: the ``data``'s, or the ``examples`` that come with
-            the teacher, which part by what is asked for where the data differ more in their wording.
+            the teacher, in its ``prompts.txt``, which part by what is asked for where the data differ more in
+            their wording.
         embeddings: Number of samples of the data that are looked at.
     """
 
@@ -97,7 +100,8 @@ def partition(settings: MSDSettings, context: Context) -> Router:
     """Part what can be asked: by classes where there are some, else by prompts.
 
     Raises:
-        ConfigError: If there is neither, or they cannot be parted among as many students.
+        ConfigError: If there is neither, they cannot be parted among as many students, or prompts are to be parted
+            by examples that there are none of.
     """
     for condition in context.conditions:
         if condition.kind == "class" and condition.size is not None:
@@ -113,7 +117,10 @@ def _embeddings(settings: MSDSettings, context: Context) -> np.ndarray:
     if context.samples is None:
         # A sketch of the plan: any planes will do.
         return np.random.default_rng(0).normal(size=(64 * settings.students, 16))
-    if settings.through == "examples" and context.examples is not None:
+    if settings.through == "examples":
+        if context.examples is None:
+            msg = "`through: examples` parts by the teacher's example prompts, and there are none; set `through: data`."
+            raise ConfigError(msg)
         return context.examples
     asked = context.samples.first(min(settings.embeddings, len(context.samples)))
     return asked.conditions[context.pooled].numpy()

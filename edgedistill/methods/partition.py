@@ -11,6 +11,11 @@ _DIGITS, _TRIED = 6, 8
 def class_ranges(classes: int, students: int, on: str = "class_labels") -> Router:
     """Part classes into ranges that follow one another and differ in size by 1 at most.
 
+    Args:
+        classes: How many there are; the null class is not one of them.
+        students: At least 1.
+        on: The condition that decides.
+
     Raises:
         ConfigError: If there are more students than classes.
     """
@@ -31,15 +36,15 @@ def principal_planes(embeddings: np.ndarray, students: int, on: str = "pooled") 
 
     Args:
         embeddings: (count, size).
-        students: A power of two from 2 on.
+        students: A power of two; of 1 there are no planes.
         on: What the router takes.
 
     Raises:
         ConfigError: If the number is no power of two, or the embeddings do not differ in enough directions.
     """
     count = students.bit_length() - 1
-    if students < 2 or students != 1 << count:
-        msg = f"Planes part prompts among 2, 4, 8, ... students, got {students}."
+    if students < 1 or students != 1 << count:
+        msg = f"Planes part prompts among 1, 2, 4, 8, ... students, got {students}."
         raise ConfigError(msg)
     points = embeddings.astype(np.float64)
     part = np.zeros(len(points), np.int64)

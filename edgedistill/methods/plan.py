@@ -170,7 +170,7 @@ class Role:
         """Say whether a parameter of its network is trained."""
         if self.trains is not None:
             return self.trained and self.trains(parameter)
-        return self.trained and (not self._has_updates or is_trained(parameter))
+        return self.trained and (not self._has_updates or is_trained(parameter, self.network))
 
     @functools.cached_property
     def _has_updates(self) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError, require
+from edgedistill.models.conditional import ExtendedUNet2DConditionModel
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "time_emb_proj")
 # Inputs that were added to a network start at zero, so that they have to be trained as a whole.
 _ADDED = re.compile(r"(^|\.)(cond_proj|conv_image)\.")
+_FIRST = re.compile(r"(^|\.)conv_in\.")
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,16 @@ def has_updates(network: nn.Module) -> bool:
     return any(".lora_" in name for name, _ in network.named_parameters())
 
 
-def is_trained(parameter: str) -> bool:
-    """Say whether a parameter of a network with updates is trained: an update, or an added input."""
-    return ".lora_" in parameter or _ADDED.search(parameter) is not None
+def is_trained(parameter: str, network: nn.Module) -> bool:
+    """Say whether a parameter of a network with updates is trained: an update, or an added input.
+
+    A `UNet2DConditionModel` takes an image through further channels of its first layer, which is then trained
+    as a whole.
+    """
+    if ".lora_" in parameter or _ADDED.search(parameter) is not None:
+        return True
+    widened = isinstance(network, ExtendedUNet2DConditionModel) and network.inputs.image_channels
+    return bool(widened) and _FIRST.search(parameter) is not None
 
 
 def merged(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The plan of a recipe without carrying it out: roles, phases, updates, samples, memory, arithmetic, time."""
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,22 +29,36 @@ ADAM_STATES = 2
 
 
 @dataclass
-class _Stopwatch(Unwatched):
-    """Measures seconds per iteration, the first of each phase left out."""
+class Stopwatch(Unwatched):
+    """Measures the mean seconds per iteration of each phase, from where each of its updates has run once."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    _last: float = 0.0
-
-    def begin(self, phase: Phase, position: Position) -> None:  # noqa: ARG002
-        self._last = 0.0
+    _began: float = 0.0
 
     def step(self, phase: Phase, position: Position, losses: Mapping[str, float]) -> None:  # noqa: ARG002
-        now = time.perf_counter()
-        if self._last:
-            self.seconds[phase.name] = min(
-                self.seconds.get(phase.name, float("inf")), now - self._last
-            )
-        self._last = now
+        """An iteration is done; the clock is read."""
+        now, timed = time.perf_counter(), position.iteration - _warming(phase)
+        if timed == 0:
+            self._began = now
+        elif timed > 0:
+            self.seconds[phase.name] = (now - self._began) / timed
+
+
+def _warming(phase: Phase) -> int:
+    """Return after how many iterations each update has run once."""
+    return 1 + max(update.offset for update in phase.updates)
+
+
+def timed_iterations(phase: Phase, least: int) -> int:
+    """Return how many iterations tell the time of a phase: until each update has run, and then whole cycles of them.
+
+    Args:
+        phase: Its updates may be due every few iterations, in turn.
+        least: How many they are at least.
+    """
+    cycle = math.lcm(*(update.every for update in phase.updates))
+    cycles = max(1, -(-(least - _warming(phase)) // cycle))
+    return _warming(phase) + cycles * cycle
 
 
 class _Highest(PositionDraw):
@@ -69,20 +84,21 @@ class Cost:
 
 
 def describe(
-    recipe: Recipe, *, is_sketch: bool = False, timed_iterations: int = 4, processes: int = 1
+    recipe: Recipe, *, is_sketch: bool = False, least_timed: int = 4, processes: int = 1
 ) -> dict[str, Any]:
     """Return the plan of a recipe as JSON data.
 
     Args:
         recipe: What would be done.
         is_sketch: Read the teacher's configurations alone: no weights, no data, no time is measured.
-        timed_iterations: Iterations of each phase that are run to measure the time; 0: none.
+        least_timed: Least number of iterations of each phase that are run to measure the time (see
+            `timed_iterations`); 0: none are.
         processes: Among which the batch is divided; memory and arithmetic are those of one.
 
     Raises:
         BundleError, ConfigError: As `prepare`.
     """
-    seconds = {} if is_sketch or not timed_iterations else _seconds(recipe, timed_iterations)
+    seconds = {} if is_sketch or not least_timed else _seconds(recipe, least_timed)
     prepared = sketch(recipe)
     plan, costs = prepared.plan, _costs(prepared, processes)
     return {
@@ -115,11 +131,11 @@ def describe(
     }
 
 
-def _seconds(recipe: Recipe, iterations: int) -> dict[str, float]:
-    watch = _Stopwatch()
+def _seconds(recipe: Recipe, least: int) -> dict[str, float]:
+    watch = Stopwatch()
     prepared = prepare(recipe)
     short = tuple(
-        dataclasses.replace(phase, iterations=iterations, emits=None)
+        dataclasses.replace(phase, iterations=timed_iterations(phase, least), emits=None)
         for phase in prepared.plan.phases
     )
     trial = dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, phases=short))

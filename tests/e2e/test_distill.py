@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from edgedistill.errors import ConfigError
 from edgedistill.methods.targets import cfg_combine
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
+from edgedistill.models.run import sample_torch
 from edgedistill.models.unet import bake_guidance
 from edgedistill.prediction import PredictionType
 from edgedistill.schedule import Schedule
@@ -311,6 +313,22 @@ def test_a_smaller_student_is_smaller(tmp_path: Path) -> None:
         student = distill(Recipe.load(RECIPE, sets), tmp_path / change, quiet=True)
         sizes.append(student.provenance["parameters"]["unet"])
     assert sizes == [123089, 42889]
+
+
+@pytest.mark.parametrize("change", ["student.remove_mid_block=true", "student.width=0.5"])
+def test_a_smaller_student_reads_prompts_too(
+    change: str, short: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    path = RECIPE.with_name("captioned_guided.yaml")
+    student = distill(short(path, change), tmp_path / "s", quiet=True)
+    teacher = student.provenance["recipe"]["teacher"]
+    assert teacher == "captioned_digits"
+    whole = sum(p.numel() for p in Teacher.open(short(path).teacher).network.parameters())
+    assert student.provenance["parameters"]["unet"] < 0.85 * whole
+    modules = {name: store.load(student.folder(name)) for name in student.signatures}
+    made = sample_torch(modules, student.table, 2, tokenize=student.tokenize)
+    assert np.isfinite(made).all()
+    assert made.std() > 1e-3
 
 
 def test_a_smaller_student_is_sketched_without_weights() -> None:

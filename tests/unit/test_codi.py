@@ -24,7 +24,8 @@ from edgedistill.methods.plan import Batch, Step, Stretch
 from edgedistill.models import store
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.guide import GuidedDenoiser
-from edgedistill.models.slim import CutSettings
+from edgedistill.models.lora import LoraSettings
+from edgedistill.models.slim import CutSettings, cut
 from edgedistill.prediction import PredictionType
 from edgedistill.probes import load_probes
 from edgedistill.rows import boundary_row
@@ -199,16 +200,62 @@ def test_only_the_adapter_is_trained_and_it_is_small(context, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("state", ["noised", "ddim"])
-def test_gradients_reach_every_part_of_the_adapter_and_none_of_the_base(context, state) -> None:
-    settings = CodiSettings(task="inpainting", state=state)
-    modules = {role.name: role.module for role in plan(settings, context).roles}
-    modules["student"].network.requires_grad_(True)
+def test_gradients_reach_every_part_of_the_adapter_and_the_target_gives_none(
+    context, state
+) -> None:
+    settings = CodiSettings(task="inpainting", state=state, train=SHORT)
+    made = plan(settings, context)
+    modules = {role.name: role.module for role in made.roles}
+    for module in modules.values():
+        module.requires_grad_(True)
     perturbed(modules["student"].network.zero_convs)
-    terms = codi_loss(settings, (0, 500))(Step(modules, batch(), draw(1))).terms
+    (update,) = made.phases[0].updates
+    terms = update.loss(Step(modules, batch(), draw(1))).terms
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in modules["student"].network.parameters())
-    assert all(p.grad is None for p in modules["base"].network.parameters())
     assert all(p.grad is None for p in modules["average"].network.parameters())
+    # The base is between the adapter and the loss; nothing but the adapter is stepped.
+    assert any(p.grad is not None for p in modules["base"].network.parameters())
+    assert update.roles == ("student",)
+    stepped = {id(p) for p in modules["student"].network.parameters()}
+    assert stepped.isdisjoint(id(p) for p in modules["base"].network.parameters())
+    trained = [
+        (role.name, name)
+        for role in made.roles
+        for name, _ in role.network.named_parameters()
+        if role.is_trained(name)
+    ]
+    assert {role for role, _ in trained} == {"student"}
+    assert len(trained) == len(stepped)
+
+
+def test_the_base_of_a_lone_adapter_is_the_teacher_as_it_is(context) -> None:
+    other = {
+        "base": cut(context.base, CutSettings(remove_mid_block=True)),
+        "prediction_type": PredictionType.SAMPLE,
+        "lora": LoraSettings(rank=2),
+    }
+    for name, value in other.items():
+        changed = dataclasses.replace(context, **{name: value})
+        with pytest.raises(ConfigError, match="An adapter's base.*`codi.trains: all`"):
+            plan(CodiSettings(), changed)
+        roles = {role.name: role for role in plan(CodiSettings(trains="all"), changed).roles}
+        trained = [n for n, _ in roles["base"].network.named_parameters()]
+        trained = [n for n in trained if roles["base"].is_trained(n)]
+        assert trained
+        assert name != "lora" or all(".lora_" in n for n in trained)
+
+
+def test_low_rank_updates_are_all_that_a_network_with_channels_learns(context) -> None:
+    settings = CodiSettings(control="channels", trains="all", task="inpainting")
+    plain, low = (
+        plan(settings, dataclasses.replace(context, lora=lora)).roles[0]
+        for lora in (None, LoraSettings(rank=2))
+    )
+    names = [name for name, _ in low.network.named_parameters() if low.is_trained(name)]
+    assert {name for name in names if ".lora_" not in name} == {"conv_image.weight"}
+    assert len(names) > 1
+    assert all(plain.is_trained(name) for name, _ in plain.network.named_parameters())
 
 
 def test_everything_may_be_trained_and_averaged(context) -> None:
@@ -256,6 +303,30 @@ def test_times_are_those_of_the_public_code() -> None:
     late = jump_grid(schedule, 50, "trailing")
     assert (late[0], late[1], late[-1], len(late)) == (0, 19, 999, 51)
     assert row_times(late, 50, 4) == [(999, 739), (739, 479), (479, 219), (219, 0)]
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_a_sampler_has_as_many_rows_as_its_name_says_or_is_refused(context, spacing: str) -> None:
+    grid = jump_grid(context.schedule, 50, spacing)
+    possible = tuple(n for n in range(1, 51) if len(row_times(grid, 50, n)) == n)
+    made = plan(CodiSettings(spacing=spacing, steps=possible), context).phases[0].emits
+    assert len(made.table.rows) == 1
+    assert {name: len(table.rows) for name, table in made.samplers.items()} == {
+        f"{n}-step": n for n in possible[1:]
+    }
+    named = ", ".join(map(str, possible))
+    for count in {*range(1, 51)} - {*possible}:
+        with pytest.raises(ConfigError, match=rf"`steps` \[{count}\] .* choose among {named}, or"):
+            plan(CodiSettings(spacing=spacing, steps=(4, count)), context)
+
+
+def test_epsilon_cannot_start_where_nothing_of_x_is_left(context) -> None:
+    kind = PredictionType.EPSILON
+    teacher = Denoiser(context.base, context.schedule, kind)
+    changed = dataclasses.replace(context, teacher=teacher, prediction_type=kind)
+    plan(CodiSettings(), changed)
+    with pytest.raises(ConfigError, match="cannot start where alpha is 4.9e-05"):
+        plan(CodiSettings(spacing="trailing"), changed)
 
 
 def toy(feeds: dict) -> dict:

@@ -557,3 +557,13 @@ def test_one_student_has_all_samplers() -> None:
 def test_impossible_settings_are_refused(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         dataclasses.replace(SETTINGS, **changes)
+
+
+def test_a_critic_of_features_sees_images_at_labels_that_there_are() -> None:
+    with pytest.raises(
+        ConfigError, match=r"`critic: teacher`, a share of labels, not above 1, got 1\.5"
+    ):
+        ctm.AdversarialSettings(noise=1.5)
+    with pytest.raises(ConfigError, match="`noise` must not be negative"):
+        ctm.AdversarialSettings(critic="pixels", noise=-0.5)
+    assert ctm.AdversarialSettings(critic="pixels", noise=1.5).noise == 1.5

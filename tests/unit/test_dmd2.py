@@ -1,5 +1,6 @@
 """DMD2 against closed forms: the gradient, the critic's pace, backward simulation, a Gaussian that is reached."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.methods import dmd2
 from edgedistill.methods.context import Context
-from edgedistill.methods.losses import matching_loss
-from edgedistill.methods.plan import Batch, OptimizerSettings, Plan, Step, Stretch
+from edgedistill.methods.losses import matching_loss, prediction_mse
+from edgedistill.methods.plan import Batch, Losses, OptimizerSettings, Plan, Step, Stretch
 from edgedistill.methods.targets import matching_gradient
 from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.run import torch_networks
@@ -106,8 +107,8 @@ def step_of(plan: Plan, batch: int = 8, place: str = "test", **fields: Any) -> S
     return Step(roles, Gaussians().batch(0, part, torch.device("cpu")), draw, **fields)
 
 
-def run(plan: Plan, folder: Path, **changes: Any) -> Trainer:
-    trainer = Trainer(
+def run(plan: Plan, folder: Path, kind: type[Trainer] = Trainer, **changes: Any) -> Any:
+    trainer: Any = kind(
         plan,
         {"data": Gaussians()},
         TrainingSettings(**{"batch_size": 8, "clip_norm": None, **changes}),
@@ -192,6 +193,57 @@ def test_what_leaks_into_the_critic_is_dropped_and_it_sees_the_images_made_befor
     fresh = step_of(plan, place="critic")
     found = [critic.loss(item).terms["denoising"].item() for item in (given, other, fresh)]
     assert len({round(value, 6) for value in found}) == 3
+
+
+class Watched(Trainer):
+    """Remembers, after each update, its name and which of the critic's parts hold gradients."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.left: list[tuple[str, list[str]]] = []
+
+    def _run_update(self, phase: Any, place: Any, update: Any, memos: Any) -> dict[str, Tensor]:
+        made = super()._run_update(phase, place, update, memos)
+        held = [
+            name
+            for name in ("fake", "head")
+            if any(p.grad is not None for p in self.roles[name].network.parameters())
+        ]
+        self.left.append((update.name, held))
+        return made
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_in_the_loop_the_critic_gets_the_student_s_images_and_no_gradient_of_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropped: bool
+) -> None:
+    stage = dmd2.StageSettings(7, ADAM, student_gan=0.5, critic_gan=0.5)
+    plan = dmd2.plan(settings(match=stage, student_every=3), context())
+    (phase,) = plan.phases
+    student, critic = phase.updates
+    stored: list[Tensor] = []
+    learnt: list[Tensor] = []  # what the fake score's error is measured to
+
+    def of_student(step: Step) -> Losses:
+        made = student.loss(step)
+        stored.append(step.memo[dmd2.IMAGES])
+        return made
+
+    def error(fake: Denoiser, x0: Tensor, images: Tensor, t: Tensor) -> Tensor:
+        learnt.append(images)
+        return prediction_mse(fake, x0, images, t)
+
+    monkeypatch.setattr(dmd2, "prediction_mse", error)
+    zeroed = student.zero_also if dropped else ()
+    updates = (replace(student, loss=of_student, zero_also=zeroed), critic)
+    watched = replace(plan, phases=(replace(phase, updates=updates),))
+    trainer = run(watched, tmp_path, kind=Watched)
+    given = [any(images is own for own in stored) for images in learnt]
+    assert given == [True, False, False] * 2 + [True]
+    assert all(own is got for own, got in zip(stored, learnt[::3], strict=True))
+    after = [held for name, held in trainer.left if name == "student"]
+    # Without `zero_also` the GAN's gradients would stay in both.
+    assert after == [[] if dropped else ["fake", "head"]] * 3
 
 
 @pytest.mark.parametrize("row", [0, 1, 2, 3])
@@ -302,6 +354,43 @@ def test_matching_alone_moves_samples_onto_the_data_and_rests_there() -> None:
     assert scale.item() == pytest.approx(SPREAD, abs=0.02)
 
 
+MODES, WIDTH = torch.tensor([[-0.6, 0.2], [0.6, -0.3]]), 0.2
+
+
+def posterior_mean(
+    z: Tensor, centres: Tensor, spread: float, alpha: Tensor, sigma: Tensor
+) -> Tensor:
+    """Return E[x | z] of x that is Gaussian around one of some centres (count, 2), each as likely; z is (batch, 2)."""
+    gain = alpha * spread**2 / (alpha**2 * spread**2 + sigma**2)
+    exponent = -(z[:, None] - alpha[:, None] * centres).square().sum(2)
+    weights = (exponent / (2 * (alpha**2 * spread**2 + sigma**2))).softmax(1)
+    means = centres + gain[:, None] * (z[:, None] - alpha[:, None] * centres)
+    return (weights[:, :, None] * means).sum(1)
+
+
+@torch.no_grad()
+def test_matching_spreads_free_particles_over_both_modes_of_a_mixture() -> None:
+    draw, moves = torch.Generator().manual_seed(0), 400
+    particles = 1.5 * torch.randn(300, 2, generator=draw)
+    for move in range(moves):
+        t = torch.randint(20, 980, (len(particles),), generator=draw)
+        alpha, sigma = (
+            torch.tensor(v)[t][:, None].float() for v in (SCHEDULE.alphas, SCHEDULE.sigmas)
+        )
+        z = alpha * particles + sigma * torch.randn(particles.shape, generator=draw)
+        real = posterior_mean(z, MODES, WIDTH, alpha, sigma)
+        # What a fake score learns of the particles themselves, nearly.
+        fake = posterior_mean(z, particles, WIDTH / 4, alpha, sigma)
+        gradient = matching_gradient(*(v[:, :, None, None] for v in (particles, real, fake)))
+        particles = particles - 0.05 * (1 - move / moves) * gradient[:, :, 0, 0]
+    nearest, mode = (particles[:, None] - MODES).square().mean(2).sqrt().min(1)
+    assert (nearest < 2 * WIDTH).float().mean() >= 0.95
+    assert torch.bincount(mode, minlength=2).min() > 0.4 * len(particles)
+    # Drawn by the teacher alone, all would fall into one point of each mode.
+    spreads = torch.stack([particles[mode == k].std(0).mean() for k in range(2)])
+    assert ((spreads / WIDTH - 1).abs() < 0.2).all()
+
+
 @torch.no_grad()
 def test_the_mean_gradient_is_nothing_where_the_student_makes_data() -> None:
     draw = torch.Generator().manual_seed(0)
@@ -393,3 +482,12 @@ def test_students_that_cannot_be_are_refused() -> None:
         settings(match=None)
     with pytest.raises(ConfigError, match="`student_every` at least 1"):
         settings(student_every=0)
+    with pytest.raises(
+        ConfigError, match="`student_gan` 0.1 would fool a head that `critic_gan` 0"
+    ):
+        dmd2.StageSettings(student_gan=0.1)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        dmd2.StageSettings(critic_gan=-0.1)
+    with pytest.raises(ConfigError, match="`iterations` must be at least 1"):
+        dmd2.StageSettings(0)
+    assert dmd2.StageSettings(critic_gan=0.1).has_gan

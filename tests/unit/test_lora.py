@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgedistill.config import build
 from edgedistill.errors import ConfigError
+from edgedistill.methods.plan import Batch, Plan, Step
+from edgedistill.methods.registry import METHODS
 from edgedistill.models import store
 from edgedistill.models.extend import extend
 from edgedistill.models.inputs import Inputs
 from edgedistill.models.lora import LoraSettings, has_updates, inject, is_trained, merged
 from edgedistill.student import Student
 from edgedistill.teacher import Teacher
-from edgedistill.training.recipe import Recipe
+from edgedistill.training.draw import PositionDraw, Slice
+from edgedistill.training.prepare import context_of
+from edgedistill.training.recipe import Recipe, recipe_class
 from edgedistill.training.run import distill
 
 RECIPE = Path(__file__).parents[2] / "examples" / "digits_guided.yaml"
@@ -77,5 +82,65 @@ def test_only_updates_and_added_inputs_are_trained_and_the_student_is_an_ordinar
 def test_a_network_without_such_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no layer whose name ends with to_nothing"):
         inject(torch.nn.Linear(2, 2), LoraSettings(targets=("to_nothing",)))
-    assert not is_trained("conv_in.weight")
-    assert is_trained("time_embedding.cond_proj.weight")
+    network = Teacher.open("digits").network
+    assert not is_trained("conv_in.weight", network)
+    assert is_trained("time_embedding.cond_proj.weight", network)
+
+
+def plan_of(method: str, teacher: str = "digits", **settings: object) -> Plan:
+    data = {"name": "low", "teacher": teacher, "data": teacher, "method": method, method: settings}
+    recipe = build(recipe_class(method), {**data, "lora": {"rank": 2}}, "test")
+    context = context_of(recipe, Teacher.open(teacher), None)
+    return METHODS[method].plan(recipe.settings, context)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "whole"),
+    [
+        ("digits", {"conv_image.weight"}),
+        ("captioned_digits", {"conv_in.weight", "conv_in.bias"}),
+    ],
+)
+def test_a_smaller_image_is_learnt_to_be_seen(teacher: str, whole: set[str]) -> None:
+    plan = plan_of("lowdiff", teacher, factors=[2, 1], shares=[0.01, 0.99], steps=[[1, 1]])
+    (student, _) = plan.roles
+    for name, parameter in student.network.named_parameters():
+        parameter.requires_grad_(student.is_trained(name))
+    trained = {n: p for n, p in student.network.named_parameters() if p.requires_grad}
+    added = {"time_embedding.cond_proj.weight", *whole}
+    assert {name for name in trained if ".lora_" not in name} == added
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        spec.name: torch.randn(4, 5, int(spec.shape[-1]), generator=generator)
+        if spec.kind == "text"
+        else torch.zeros(4, dtype=torch.int32)
+        for spec in Teacher.open(teacher).signature.inputs
+        if spec.kind in ("text", "class")
+    }
+    batch = Batch(torch.randn(4, 1, 8, 8, generator=generator), given, {})
+    draw = PositionDraw(0, ("larger",), Slice(4, 0, 4), torch.device("cpu"))
+    losses = plan.phases[0].updates[0].loss(Step({"student": student.module}, batch, draw)).terms
+    assert list(losses) == ["unet_8"]
+    losses["unet_8"].backward()
+    # Of a wider first layer, the channels behind the state's are the image's.
+    stem = trained[min(whole - {"conv_in.bias"})].grad[:, -1]
+    assert stem.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("guide", {"widths": [8, 8]}, "A guide's base stays as it is.*leave `lora` out"),
+        ("codi", {}, "An adapter's base stays as it is.*leave `lora` out"),
+        (
+            "lowdiff",
+            {"factors": [1], "steps": [[2]], "start": "random"},
+            "Low-rank updates of random weights.*`lowdiff.start: teacher`",
+        ),
+    ],
+)
+def test_updates_that_nothing_would_train_are_refused(
+    method: str, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of(method, **settings)

@@ -1,6 +1,7 @@
 """The cascade: the identities that only the right loss, network and table satisfy."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgedistill.config import build
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.methods.context import Context
+from edgedistill.methods.losses import prediction_mse
 from edgedistill.methods.lowdiff import (
     LowdiffSettings,
     cascade_loss,
     draw_times,
     plan,
-    prediction_error,
     stage_shapes,
     stage_times,
     told_image,
@@ -208,9 +209,16 @@ def test_the_loss_is_the_error_of_what_is_predicted(context, kind: str) -> None:
     raw = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     a_z, a_r = x0_coefficients(prediction, alpha, sigma)
     expected = (raw - (x - a_z * z) / a_r).square().mean()
-    assert prediction_error(denoiser, z, t, raw, x).item() == pytest.approx(
-        expected.item(), rel=1e-3
-    )
+    found = prediction_mse(denoiser, denoiser.to_x0(z, t, raw), x, t)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_epsilon_cannot_start_where_nothing_of_x_is_left(context) -> None:
+    kind = PredictionType.EPSILON
+    teacher = Denoiser(context.teacher.network, context.schedule, kind)
+    changed = dataclasses.replace(context, teacher=teacher, prediction_type=kind)
+    with pytest.raises(ConfigError, match="cannot start where alpha is 4.9e-05"):
+        plan(LowdiffSettings(**TWO), changed)
 
 
 def test_noise_levels_of_edm_are_lognormal(context) -> None:

@@ -73,7 +73,8 @@ class Labelled:
 
     def __init__(self, chosen: Subset | None = None) -> None:
         labels = np.arange(1000) * 7 % CLASSES
-        kept = labels if chosen is None else labels[chosen({"class_labels": labels})]
+        asked = {"class_labels": labels, "pooled": np.eye(CLASSES)[labels]}
+        kept = labels if chosen is None else labels[chosen(asked)]
         self.labels = torch.from_numpy(kept).int()
         self.seen: set[int] = set()
 
@@ -91,6 +92,25 @@ class Labelled:
         return Batch(
             x, {"class_labels": labels}, {"class_labels": torch.full_like(labels, CLASSES)}
         )
+
+
+class Prompts(Labelled):
+    """The same, with a prompt for each class."""
+
+    def batch(self, start: int, part: Slice, device: torch.device) -> Batch:
+        batch = super().batch(start, part, device)
+        pooled = torch.nn.functional.one_hot(batch.conditions["class_labels"].long(), CLASSES)
+        return dataclasses.replace(batch, conditions={**batch.conditions, "pooled": pooled.float()})
+
+
+TEXT = Condition(
+    "encoder_hidden_states",
+    "text",
+    encoder="text_encoder",
+    tokenizer="tokenizer.json",
+    length=4,
+    examples=("a",),
+)
 
 
 def teacher() -> Denoiser:
@@ -172,15 +192,21 @@ def test_equal_prompts_stay_together_and_too_few_are_refused() -> None:
     assert sorted(sizes) == [50, 50]
     with pytest.raises(ConfigError, match="too alike to part them among 4"):
         principal_planes(three, 4)
-    with pytest.raises(ConfigError, match="2, 4, 8, ... students, got 3"):
+    assert principal_planes(three, 1).planes == ()
+    with pytest.raises(ConfigError, match="1, 2, 4, 8, ... students, got 3"):
         principal_planes(three, 3)
     with pytest.raises(ConfigError, match="6 students cannot share 5 classes"):
         class_ranges(5, 6)
 
 
-def test_one_student_is_dmd2_bit_for_bit(tmp_path: Path) -> None:
-    single, _ = run(dmd2.plan(DMD2, context()), tmp_path / "dmd2")
-    routed, _ = run(msd.plan(msd.MSDSettings(students=1, dmd2=DMD2), context()), tmp_path / "msd")
+@pytest.mark.parametrize("parted", ["classes", "prompts"])
+def test_one_student_is_dmd2_bit_for_bit(tmp_path: Path, parted: str) -> None:
+    told: dict[str, Any] = {}
+    if parted == "prompts":
+        told = {"conditions": (TEXT, *context().conditions), "samples": Prompts()}
+    single, _ = run(dmd2.plan(DMD2, context(**told)), tmp_path / "dmd2")
+    settings = msd.MSDSettings(students=1, dmd2=DMD2)
+    routed, _ = run(msd.plan(settings, context(**told)), tmp_path / "msd")
     assert routed.keys() == {"unet.0"}
     for name, value in single["unet"].items():
         assert torch.equal(value, routed["unet.0"][name]), name
@@ -276,28 +302,23 @@ def test_a_broken_student_changes_the_others_samples_by_nothing() -> None:
 
 
 def test_prompts_are_parted_by_planes_through_their_embeddings() -> None:
-    class Prompts(Labelled):
-        def batch(self, start: int, part: Slice, device: torch.device) -> Batch:
-            batch = super().batch(start, part, device)
-            pooled = torch.nn.functional.one_hot(batch.conditions["class_labels"].long())
-            return dataclasses.replace(batch, conditions={"pooled": pooled.float()})
-
-    text = Condition(
-        "encoder_hidden_states",
-        "text",
-        encoder="text_encoder",
-        tokenizer="tokenizer.json",
-        length=4,
-        examples=("a",),
-    )
     settings = msd.MSDSettings(students=2, dmd2=DMD2)
-    router = msd.partition(settings, context(conditions=(text,), samples=Prompts()))
+    router = msd.partition(settings, context(conditions=(TEXT,), samples=Prompts()))
     assert (router.kind, router.on, router.students) == ("sign_planes", "pooled", 2)
     parts = [msd.part_of(router, k)({"pooled": np.eye(CLASSES)}) for k in range(2)]
     assert np.array_equal(parts[0], ~parts[1])
     assert sorted(part.sum() for part in parts) == [2, 3]
     with pytest.raises(ConfigError, match="this teacher has neither"):
         msd.partition(settings, context(conditions=()))
+
+
+def test_examples_that_there_are_none_of_part_nothing() -> None:
+    settings = msd.MSDSettings(students=2, dmd2=DMD2, through="examples")
+    told: dict[str, Any] = {"conditions": (TEXT,), "samples": Prompts()}
+    router = msd.partition(settings, context(**told, examples=np.eye(3)))
+    assert len(router.planes[0]) == 3
+    with pytest.raises(ConfigError, match="there are none; set `through: data`"):
+        msd.partition(settings, context(**told))
 
 
 RECIPE = """

@@ -140,12 +140,18 @@ def test_students_that_nobody_needs_may_be_missing() -> None:
         (dataclasses.replace(PLANES, bias=(0.0,)), "2 planes need as many biases and part 4"),
         (dataclasses.replace(PLANES, bias=(0.0, float("nan"))), "biases must be finite"),
         (dataclasses.replace(PLANES, planes=((1.0,), (1.0, 2.0))), "all of one size"),
-        (Router("sign_planes", "pooled", 1), "sign planes are one or more"),
+        (dataclasses.replace(PLANES, table=(0,)), "and come without a table"),
     ],
 )
 def test_routers_that_are_no_partition_are_refused(router: Router, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(TABLE, router=router)
+
+
+def test_one_student_needs_no_plane() -> None:
+    alone = Router("sign_planes", "pooled", 1)
+    assert list(alone.problems()) == []
+    assert route(alone, {"pooled": np.ones((3, 2))}).tolist() == [0, 0, 0]
 
 
 def test_what_cannot_be_routed_is_refused() -> None:

@@ -1,5 +1,6 @@
 """The loop on small closed-form problems: it converges, resumes bit for bit, and stops on NaN."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,8 +33,9 @@ from edgedistill.sampler import run_table
 from edgedistill.schedule import Schedule
 from edgedistill.table import Condition, Guidance
 from edgedistill.training.checkpoint import CheckpointFolder, Position
+from edgedistill.training.describe import Stopwatch, timed_iterations
 from edgedistill.training.draw import EpochOrder, PositionDraw, Slice
-from edgedistill.training.loop import Trainer, curve
+from edgedistill.training.loop import Trainer, Watcher, curve
 from edgedistill.training.settings import TrainingSettings
 
 CONFIG = {
@@ -148,7 +150,7 @@ def gaussian_plan(iterations: int, ema: float | None = None, **changes: Any) -> 
 def trainer(
     plan: Plan,
     folder: Path,
-    watcher: Silent,
+    watcher: Watcher,
     emitted: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
@@ -293,6 +295,50 @@ def test_every_and_offset_choose_the_iterations_and_unroll_carries_the_state(
     trainer(Plan((role,), (Phase("only", 3, updates),)), tmp_path, Silent()).run()
     a = [("a", 0, None), ("a", 1, 10)]
     assert seen == [*a, *a, ("b", 0, None), *a]
+
+
+@pytest.mark.parametrize(
+    ("dues", "wanted", "mean"),
+    [
+        ([(1, 0)], 4, 2.0),  # every update every time
+        ([(10, 0), (1, 0)], 11, 2.1),  # DMD2's student once in ten iterations of the critic
+        ([(5, 0), (1, 0)], 6, 2.2),
+        ([(2, 0), (2, 1)], 4, 1.5),  # CTM's student and critic in turn
+    ],
+)
+def test_a_dry_run_times_whole_cycles_of_updates_that_have_run_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dues: list[tuple[int, int]],
+    wanted: int,
+    mean: float,
+) -> None:
+    now = 0.0
+
+    def loss(seconds: float, first: list[bool]) -> Any:
+        def run(step: Step) -> Losses:
+            nonlocal now
+            now += seconds + 100 * (not first)  # what is made once
+            first.append(True)
+            total = sum(p.sum() for p in step.roles["student"].network.parameters()) * 0.0
+            return Losses({"zero": total})
+
+        return run
+
+    role = Role("student", Denoiser(Affine(), SCHEDULE, PredictionType("sample")), trained=True)
+    costs = [2.0] if len(dues) == 1 else [1.0, 2.0]
+    updates = tuple(
+        Update(f"{cost}", ("student",), loss(cost, []), OptimizerSettings(), *due)
+        for cost, due in zip(costs, dues, strict=True)
+    )
+    phase = Phase("only", 1000, updates)
+    count = timed_iterations(phase, 4)
+    assert count == wanted
+    watch = Stopwatch()
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    plan = Plan((role,), (dataclasses.replace(phase, iterations=count),))
+    trainer(plan, tmp_path, watch).run()
+    assert watch.seconds["only"] == pytest.approx(mean)
 
 
 def test_randomness_depends_on_the_position_alone_and_not_on_the_split() -> None:
