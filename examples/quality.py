@@ -151,7 +151,7 @@ def head(missing: Sequence[Task], problems: Sequence[str]) -> str:
     listed = ", ".join(f"{name} {own[name]}" for name in NAMED if name in own)
     first = (
         f"Written by `make quality` on {dt.datetime.now(dt.UTC).date()}: {machine()}, one torch thread per training, "
-        f"Python {own['python']}, {listed}. It goes on where it was broken off."
+        f"Python {own['python']}, {listed}. A run that was interrupted resumes."
     )
     seeds: dict[str, list[str]] = {}
     for name, seed in missing:

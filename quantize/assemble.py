@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +29,7 @@ from .config import FORMATS, WAYS, Config, PtqConfig
 from .with_nncf import Progress, compress_nncf
 
 LEAST_DB = 10.0
+NOT_ASKED = "not asked for"
 _SOURCES = {"coreml": ("float16", "float32")}
 
 
@@ -40,11 +41,13 @@ class Job:
         source: The float artifact.
         result: What it becomes, networks in order, still without `made_with`.
         kept: Why a network stays as it is, by name.
+        carried: What an earlier run into the same target made smaller, how by name; it is kept so.
     """
 
     source: Artifact
     result: Artifact
     kept: Mapping[str, str]
+    carried: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def quantize_bundle(
     """Write a bundle with the smaller artifacts and the PyTorch reference.
 
     A bundle of the same student at `target` keeps what it holds and gets the new artifacts added; it
-    may be `bundle` itself. Nothing at `target` changes unless everything was made and checked.
+    may be `bundle` itself. Networks that are not in `networks`, but were made smaller in the same way by an
+    earlier call, stay small. Nothing at `target` changes unless everything was made and checked.
 
     Args:
         bundle: The source.
@@ -140,9 +144,13 @@ def quantize_bundle(
     base = start_from(target, replace(bundle, artifacts=reference), overwrite=overwrite)
     if bundle.single_root:
         jobs = tuple(_in_place(job, base) for job in jobs)
+    jobs = tuple(_carrying(job, base) for job in jobs)
 
     def fill(draft: Draft) -> None:
         for job in progress(jobs, "quantize"):
+            for name in job.carried:
+                path = job.result.networks[name].path
+                base.copy(path, (draft.root / path).parent)
             draft.add(_make(bundle, job, config, draft.root, progress))
 
     made = {job.result.name for job in jobs}
@@ -171,7 +179,7 @@ def _kept(bundle: Bundle, networks: Collection[str]) -> dict[str, str]:
     if unknown := sorted(set(networks) - set(held)):
         msg = f"{bundle.root}: no network {', '.join(map(repr, unknown))}; the bundle holds: {', '.join(held)}."
         raise ConfigError(msg)
-    kept = {name: "not asked for" for name in held if networks and name not in networks}
+    kept = {name: NOT_ASKED for name in held if networks and name not in networks}
     for table in bundle.samplers.values():
         text = table.condition("text")
         if table.router is not None and table.router.kind == SIGN_PLANES and text is not None:
@@ -203,12 +211,31 @@ def _in_place(job: Job, base: Bundle) -> Job:
     return replace(job, result=replace(job.result, networks=job.source.networks))
 
 
+def _carrying(job: Job, base: Bundle) -> Job:
+    """Let what is not asked for stay as small as an earlier run made it of the same source."""
+    held = base.artifacts.get(job.result.name)
+    if held is None or held.made_with.get("source") != job.source.name:
+        return job
+    made = held.made_with["networks"]
+    anew = {file.path for name, file in job.result.networks.items() if name not in job.kept}
+    small = {
+        name: file
+        for name, file in held.networks.items()
+        if job.kept.get(name) == NOT_ASKED and "kept" not in made[name] and file.path not in anew
+    }
+    result = replace(job.result, networks={**job.result.networks, **small})
+    return replace(job, result=result, carried={name: made[name] for name in small})
+
+
 def _make(bundle: Bundle, job: Job, config: Config, root: Path, progress: Progress) -> Artifact:
     made: dict[str, Any] = {}
     calls = _held_out_calls(bundle, job.source)
     runtime = plugins.find(plugins.RUNTIMES, job.result.runtime)
     for name, file in job.result.networks.items():
         source, path = bundle.path(job.source.networks[name].path), root / file.path
+        if name in job.carried:
+            made[name] = job.carried[name]
+            continue
         if name in job.kept:
             bundle.copy(job.source.networks[name].path, path.parent)
             made[name] = {"kept": job.kept[name], "snr_db": finite_db(math.inf)}

@@ -34,7 +34,7 @@ examples:
 formats. --quant-mode computes in 8 bits too, calibrated on what the student's own rows feed, for
 ONNX and OpenVINO; large networks get faster on OpenVINO, not on ONNX Runtime.
 A SMALLER that holds the same student keeps what it has. Of a pipeline, --networks takes a part of
-text_encoder, unet, vae_decoder, vae_encoder.
+text_encoder, unet, vae_decoder, vae_encoder; parts of later calls join those of earlier ones.
 Exit status: 0 fine, 1 a smaller network answers too differently, 2 bad input.
 """
 

@@ -156,6 +156,24 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
 
 
 @pytest.mark.slow
+def test_parts_that_are_made_smaller_one_after_another_stay_small(root: Bundle, tmp_path) -> None:
+    target, way = tmp_path / "root", WAYS["int8-weights"]
+    first = quantize_bundle(root, target, way, only=["onnx"], networks=["vae_decoder"])
+    place = first.artifacts["onnx-int8-weights"].networks["vae_decoder"].path
+    decoder = first.path(place).read_bytes()
+    both = quantize_bundle(root, target, way, only=["onnx"], networks=["unet"])
+    made = both.artifacts["onnx-int8-weights"]
+    ways = made.made_with["networks"]
+    assert [name for name in ways if "kept" not in ways[name]] == ["unet", "vae_decoder"]
+    assert made.networks["vae_decoder"].path == place
+    assert both.path(place).read_bytes() == decoder != root.path(place).read_bytes()
+    assert snr_db(ours("onnx", root), ours("onnx", both)) > FLOORS["int8-weights"]
+    # Asked for again, it is made anew.
+    again = quantize_bundle(root, target, way, only=["onnx"], networks=["vae_decoder"])
+    assert again.path(place).read_bytes() == decoder
+
+
+@pytest.mark.slow
 def test_a_small_autoencoder_decodes_as_in_diffusers(
     with_small_autoencoder, tiny_pipelines, tmp_path, monkeypatch
 ) -> None:
