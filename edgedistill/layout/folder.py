@@ -16,7 +16,6 @@ from .findings import FORMATS
 from .graphs import Graph, read_graph
 
 INDEX = "model_index.json"
-MANIFEST = "edgedistill.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 PACKAGES = "coreml/packages"
 RESOURCES = "coreml/Resources"

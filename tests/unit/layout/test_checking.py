@@ -10,7 +10,7 @@ import pytest
 from edgedistill.cli import main
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.layout.checking import check_layout, loaders_of
-from edgedistill.layout.folder import INDEX, MANIFEST, SCHEDULER
+from edgedistill.layout.folder import INDEX, SCHEDULER
 from edgedistill.stock import LOADERS
 
 
@@ -47,8 +47,6 @@ def test_what_is_malformed_is_a_finding_and_never_a_crash(folder, changes):
     [
         {"unet/config.json": {"block_out_channels": 3}},
         {"unet/diffusion_pytorch_model.safetensors.index.json": {"weight_map": 3}},
-        {MANIFEST: {"artifacts": {"a": {"format": "coreml", "networks": 3}}}},
-        {MANIFEST: {"artifacts": [1]}},
     ],
 )
 def test_what_is_malformed_and_not_needed_is_passed_over(folder, changes):
