@@ -103,6 +103,11 @@ class Folder:
         return "ControlNet" in self.pipeline
 
     @property
+    def edits(self) -> bool:
+        """Whether the pipeline starts from an image, which it has to encode."""
+        return "Img2Img" in self.pipeline or "Inpaint" in self.pipeline
+
+    @property
     def apples_denoiser(self) -> str:
         """What Apple's tools call the denoiser."""
         if "transformer" in self.entries:
@@ -116,8 +121,7 @@ class Folder:
         named = tuple(name for name in (*ENCODERS, *DENOISERS, *control) if name in self.entries)
         if not self.is_latent:
             return named
-        edits = "Img2Img" in self.pipeline or "Inpaint" in self.pipeline
-        encoder = ("vae_encoder",) if edits or self.has("vae_encoder") else ()
+        encoder = ("vae_encoder",) if self.edits or self.has("vae_encoder") else ()
         return (*named, "vae_decoder", *encoder)
 
     def config(self, network: str) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ _EXPORT = "export the network anew in this loader's dialect"
 def graphs_there(folder: Folder, loader: str) -> Iterator[Finding]:
     """Every network has its graph, and it can be read."""
     for network, path in folder.graphs(FORMATS[loader]):
-        optional = network == "vae_encoder" and "Img2Img" not in folder.pipeline
+        optional = network == "vae_encoder" and not folder.edits
         if folder.graph(path) is None and path not in folder.damaged and not optional:
             yield Finding(path, f"the graph of {network}", "no such file", "export it")
 

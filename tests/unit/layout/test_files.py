@@ -34,6 +34,7 @@ ERRORS = [
     ({"text_encoder/model.ckpt": "pickle"}, "sd", ["diffusers"], "text_encoder/model.ckpt", "safetensors", "pickle"),
     *(({PATHS[format_].format(network): ...}, "sd", [loader], PATHS[format_].format(network).replace("tiny", "NAME"), f"the graph of {network}", "no such file") for loader, format_ in FORMATS.items() for network in ("text_encoder", "unet", "vae_decoder")),
     ({"text_encoder_2/model.onnx": ...}, "sdxl", ["ort"], "text_encoder_2/model.onnx", "the graph", "no such file"),
+    *(({INDEX: {"_class_name": f"{family}{edit}Pipeline"}, PATHS[FORMATS[loader]].format("vae_encoder"): ...}, kind, [loader], PATHS[FORMATS[loader]].format("vae_encoder"), "the graph of vae_encoder", "no such file") for family, kind in (("StableDiffusion", "sd"), ("StableDiffusionXL", "sdxl")) for edit in ("Img2Img", "Inpaint") for loader in ("ort", "openvino")),
     ({BIN: ...}, "sd", ["openvino", "genai"], BIN, "the weights", "no such file"),
     ({BIN: ""}, "sd", ["openvino", "genai"], BIN, "8 bytes", "0"),
     ({XML: "<net>"}, "sd", ["openvino", "genai"], XML, "whole", "not an OpenVINO model"),
@@ -49,6 +50,11 @@ ERRORS = [
 @pytest.mark.parametrize("case", ERRORS)
 def test_a_file_that_is_missing_or_cannot_be_opened_is_found(assert_found, case):
     assert_found("error", case)
+
+
+def test_pictures_of_prompts_alone_are_made_without_an_encoder_of_images(folder):
+    changes = {PATHS[format_].format("vae_encoder"): ... for format_ in PATHS}
+    assert check_layout(folder(changes), LOADERS) == []
 
 
 def test_weights_in_several_files_are_a_trap(assert_found):
