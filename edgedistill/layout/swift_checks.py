@@ -1,12 +1,25 @@
 """Checks of what Apple's Swift package alone demands: packages, batches, chunks, compression."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .contracts import CONTROLLED, CONTROLNET
 from .findings import Finding, check
 from .folder import PACKAGES, RESOURCES, Folder
 from .graphs import Graph, Shape
 from .index_checks import is_xl
+
+_COMPILED: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("TextEncoder", "MultilingualTextEncoderProjection"),
+    "text_encoder_2": ("TextEncoder2",),
+    "unet": ("Unet", "UnetChunk1 UnetChunk2"),
+    CONTROLLED: ("ControlledUnet", "ControlledUnetChunk1 ControlledUnetChunk2"),
+    CONTROLNET: ("controlnet/*",),
+    "mmdit": ("MultiModalDiffusionTransformer",),
+    "vae_decoder": ("VAEDecoder",),
+    "vae_encoder": ("VAEEncoder",),
+    "safety_checker": ("SafetyChecker",),
+}
+"""Names of compiled models in `RESOURCES`, by network: one of these, or all of several."""
 
 
 def _sample_shape(graph: Graph | None) -> Shape | None:
@@ -174,6 +187,35 @@ def one_unet(folder: Folder, _: str) -> Iterator[Finding]:
                 "remove the one that is not meant: Swift takes the chunks",
                 "warning" if place == PACKAGES else "error",
             )
+
+
+@check("swift")
+def all_compiled(folder: Folder, _: str) -> Iterator[Finding]:
+    """Where any model is compiled, every one is that Swift opens, by its name."""
+    resources = folder.root / RESOURCES
+    if not any(resources.rglob("*.mlmodelc")):
+        return
+    for network in folder.apples_networks:
+        optional = network in ("vae_encoder", "safety_checker")
+        if optional and not folder.has(folder.package(network)):
+            continue
+        choices = _COMPILED.get(network, ())
+        if not choices or any(_is_compiled(folder, names) for names in choices):
+            continue
+        told = (names.replace(" ", " and ") for names in choices)
+        yield Finding(
+            f"{RESOURCES}/{choices[0]}.mlmodelc",
+            f"the compiled {' or '.join(told)}, for other models are compiled",
+            "no such model",
+            "run compile_on_mac.sh on a Mac, which compiles all packages",
+            "warning" if optional else "error",
+        )
+
+
+def _is_compiled(folder: Folder, names: str) -> bool:
+    """Whether all models of these names, with blanks between them, are there."""
+    resources = folder.root / RESOURCES
+    return all(any(resources.glob(f"{name}.mlmodelc")) for name in names.split())
 
 
 @check("swift")

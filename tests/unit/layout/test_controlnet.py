@@ -12,7 +12,9 @@ from edgedistill.layout.folder import INDEX
 PACKAGE = "coreml/packages/Stable_Diffusion_version_tiny_{}.mlpackage"
 SIDE, UNET = "coreml/packages/ControlNet_edges.mlpackage", PACKAGE.format("control-unet")
 CONFIG, CLASS = "controlnet/config.json", "StableDiffusionControlNetPipeline"
-COMPILED = "coreml/Resources/controlnet/Edges.mlmodelc"
+MODEL = "coreml/Resources/{}.mlmodelc"
+COMPILED = MODEL.format("controlnet/Edges")
+FULL = {"f16": "float16", "i32": "int32"}
 INPUTS = "sample f16 2,4,8,8 | timestep f16 2 | encoder_hidden_states f16 2,8,1,77"
 SHAPES = ["8,8,8", "8,8,8", "8,4,4", "16,4,4", "16,4,4"]
 RESIDUALS = " | ".join(f"additional_residual_{i} {{0}} 2,{shape}" for i, shape in enumerate(SHAPES))
@@ -57,44 +59,59 @@ def test_every_tensor_between_a_controlnet_and_its_denoiser_is_held_to(controlle
     line = LINES[path]
     for tensor in re.split(r" -> | \| ", line):
         name, dtype, *sizes = tensor.replace(",", " ").split()
-        other = "f16" if dtype == "f32" else "i32"
-        for after, expected in (
-            (tensor.replace(name, "other"), f"`{name}`"),
-            (tensor.replace(dtype, other), f"`{name}` of float{dtype[1:]}"),
-            (f"{tensor},1", f"rank {len(sizes)}"),
-            (f"{name} {dtype} {','.join([sizes[0], '99', *sizes[2:]])}", f"`{name}` of "),
+        # Swift converts what the UNet gives, and adds the residuals up as they are.
+        other = "f16" if name.startswith("additional") and dtype == "f32" else "i32"
+        wide = ["99" if i == min(1, len(sizes) - 1) else size for i, size in enumerate(sizes)]
+        for after, expected, told in (
+            (tensor.replace(name, "other"), f"`{name}`", "other"),
+            (tensor.replace(dtype, other), f"`{name}` of float{dtype[1:]}", FULL[other]),
+            (f"{tensor},1", f"rank {len(sizes)}", f"rank {len(sizes) + 1}"),
+            (f"{name} {dtype} {','.join(wide)}", f"`{name}` of ", "99"),
         ):
             broken = f" {line} ".replace(f" {tensor} ", f" {after} ").strip()
-            if broken == line or (name, other) == ("noise_pred", "f16"):
-                continue  # a timestep has one size; Swift converts what the UNet gives
+            assert broken != line
             change(controlled, {path: broken})
             found = [item for item in check_layout(controlled, ["swift"]) if item.level == "error"]
-            assert any(item.file == path and expected in item.expected for item in found), broken
+            assert any(
+                (item.loader, item.file) == ("swift", path)
+                and expected in item.expected
+                and told in item.found
+                for item in found
+            ), broken
+
+
+# fmt: off
+LACKING = [
+    ({SIDE: ...}, "swift", "coreml/packages/ControlNet_NAME", "graph of controlnet", "no such file"),
+    ({UNET: ...}, "swift", "control-unet.mlpackage", "the graph of control-unet", "no such file"),
+    ({CONFIG: ...}, "swift", CONFIG, "configuration", "no such file"),
+    *(({CONFIG: {key: ...}}, "swift", CONFIG, f"`{key}`, ", "no such key") for key in ("cross_attention_dim", "block_out_channels", "layers_per_block")),
+    ({CONFIG: ...}, "diffusers", CONFIG, "ControlNetModel", "diffusion_pytorch_model.safetensors"),
+    ({INDEX: {"controlnet": ...}}, "diffusers", INDEX, "`controlnet` as [library", "nothing"),
+    ({CONFIG: {"layers_per_block": 2}}, "swift", SIDE, "additional_residual_6", "outputs additional"),
+    ({CONFIG: {"block_out_channels": []}}, "swift", SIDE, "outputs ", "`additional_residual_0`"),
+    ({f"{COMPILED}/a": ""}, "swift", f"{COMPILED}/metadata.json", "the compiler's description", "no such file"),
+    ({f"{COMPILED}/a": ""}, "swift", MODEL.format("ControlledUnet"), "ControlledUnet or ControlledUnetChunk1 and ControlledUnetChunk2", "no such model"),
+    ({f"{MODEL.format('ControlledUnet')}/a": ""}, "swift", MODEL.format("controlnet/*"), "the compiled controlnet/*", "no such model"),
+]
+# fmt: on
 
 
 @pytest.mark.parametrize(
-    ("changes", "loader", "file", "expected"),
-    [
-        ({SIDE: ...}, "swift", "coreml/packages/ControlNet_NAME", "graph of controlnet"),
-        ({UNET: ...}, "swift", "control-unet.mlpackage", "the graph of control-unet"),
-        ({CONFIG: ...}, "swift", CONFIG, "configuration"),
-        ({CONFIG: ...}, "diffusers", "controlnet/config", "ControlNetModel"),
-        ({INDEX: {"controlnet": ...}}, "diffusers", INDEX, "`controlnet` as [library"),
-        ({CONFIG: {"layers_per_block": 2}}, "swift", SIDE, "additional_residual_6"),
-        ({CONFIG: {"block_out_channels": []}}, "swift", SIDE, "outputs "),
-        (
-            {f"{COMPILED}/a": ""},
-            *("swift", f"{COMPILED}/metadata.json", "the compiler's description"),
-        ),
-    ],
-    ids=itertools.count(),
+    ("changes", "loader", "file", "expected", "found"), LACKING, ids=itertools.count()
 )
 def test_what_a_pipeline_with_a_controlnet_lacks(
-    controlled, change, changes, loader, file, expected
+    controlled, change, changes, loader, file, expected, found
 ):
     change(controlled, changes)
-    found = check_layout(controlled, [loader])
-    assert any(file in item.file and expected in item.expected for item in found), found
+    findings = check_layout(controlled, [loader])
+    assert any(
+        (item.loader, item.level) == (loader, "error")
+        and file in item.file
+        and expected in item.expected
+        and found in item.found
+        for item in findings
+    ), findings
 
 
 def test_swift_calls_a_controlnet_with_two_samples_for_one_unet(controlled, change):
