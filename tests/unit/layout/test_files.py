@@ -14,7 +14,7 @@ PATHS = {
 }
 GRAPH, XML, BIN = "unet/model.onnx", "unet/openvino_model.xml", "unet/openvino_model.bin"
 PACKAGE = PATHS["coreml"].format("unet")
-WEIGHTS = "unet/model.onnx_data"
+WEIGHTS, STEM = "unet/model.onnx_data", "diffusion_pytorch_model.safetensors"
 
 
 def outside(*files):
@@ -29,7 +29,9 @@ ERRORS = [
     *(({f"{network}/config.json": ...}, "sd", LOADERS[1:], f"{network}/config.json", "configuration", "no such file") for network in ("text_encoder", "unet", "vae_decoder", "vae_encoder")),
     *(({file: ...}, "sd", ["diffusers"], file, "a file of", "") for file in ("text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/config.json", "vae/diffusion_pytorch_model.safetensors")),
     ({"vae": ...}, "sd", ["diffusers"], "vae/config.json", "AutoencoderKL", "no such folder"),
-    ({"unet/diffusion_pytorch_model.safetensors.index.json": {"weight_map": {"a": "part-1.safetensors"}}}, "sd", ["diffusers"], "unet/part-1.safetensors", "weights", "no such file"),
+    *(({f"{file}.index.json": {"weight_map": {"a": "part-1.safetensors"}}}, "sd", ["diffusers"], f"{file.split('/')[0]}/part-1.safetensors", f"weights that {file}.index.json names", "no such file") for file in (f"unet/{STEM}", f"vae/{STEM}", "text_encoder/model.safetensors")),
+    ({INDEX: {"feature_extractor": ["transformers", "CLIPImageProcessor"]}}, "sd", LOADERS[:3], "feature_extractor/preprocessor_config.json", "a file of CLIPImageProcessor", "no such f"),
+    *(({INDEX: {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}}, "sd", ["diffusers"], f"safety_checker/{file}", "a file of StableDiffusionSafetyChecker", "no such folder") for file in ("config.json", "model.safetensors")),
     ({"unet/diffusion_pytorch_model.bin": "pickle"}, "sd", ["diffusers"], "unet/diffusion_pytorch_model.bin", "safetensors", "pickle"),
     ({"text_encoder/model.ckpt": "pickle"}, "sd", ["diffusers"], "text_encoder/model.ckpt", "safetensors", "pickle"),
     *(({PATHS[format_].format(network): ...}, "sd", [loader], PATHS[format_].format(network).replace("tiny", "NAME"), f"the graph of {network}", "no such file") for loader, format_ in FORMATS.items() for network in ("text_encoder", "unet", "vae_decoder")),
