@@ -70,6 +70,13 @@ def is_xl(folder: Folder) -> bool:
     return folder.pipeline.startswith("StableDiffusionXL")
 
 
+def is_known(folder: Folder, network: str) -> bool:
+    """Whether loaders' contracts for a network are known here: Sana's autoencoder or T5, for example, are others."""
+    if network.startswith("vae"):
+        return folder.config(network).get("_class_name", _AUTOENCODERS[0]) in _AUTOENCODERS
+    return is_stable_diffusion(folder) or network not in (*ENCODERS, "unet", CONTROLNET)
+
+
 def without_controlnets(folder: Folder, loader: str) -> Iterator[Finding]:
     """A loader that has no ControlNets opens no pipeline with one, whatever its files are."""
     knows = loader in WITH_CONTROLNETS and not (loader == "swift" and is_xl(folder))

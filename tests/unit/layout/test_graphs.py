@@ -8,11 +8,20 @@ from edgedistill.layout.graphs import read_graph
 
 FULL = {"f32": "float32", "f16": "float16", "i64": "int64", "i32": "int32"}
 ONNX, OPENVINO = "unet/model.onnx", "unet/openvino_model.xml"
+# Halves of an autoencoder at fixed sizes: pictures of 8x12 latents.
+DECODER = "latent_sample f32 B,4,8,12 -> sample f32 B,3,{}"
+ENCODER = "sample f32 B,3,{} -> latent_parameters f32 B,8,8,12"
+HALVES = {"vae_decoder": DECODER, "vae_encoder": ENCODER}
+FILES = {"model.onnx": ["ort"], "openvino_model.xml": ["openvino", "genai"]}
 # fmt: off
 ERRORS = [
     ({ONNX: ("sample f32 B", "sample f32 1")}, "sd", ["ort"], ONNX, "or 2 for guidance 'cfg'", "batch 1"),
+    ({OPENVINO: ("sample f32 B", "sample f32 1")}, "sd", ["openvino", "genai"], OPENVINO, "or 2 for guidance 'cfg'", "batch 1"),
+    ({ONNX: ("sample f32 B", "sample f32 2")}, "lcm", ["ort"], ONNX, "or 1 for guidance 'embedded'", "batch 2"),
     ({OPENVINO: ("sample f32 B", "sample f32 2")}, "lcm", ["openvino", "genai"], OPENVINO, "or 1 for guidance 'embedded'", "batch 2"),
     ({OPENVINO: ("timestep i64 ?", "timestep i64 2")}, "sd", ["genai"], OPENVINO, "`timestep` of shape [1]", "[2]"),
+    *(({f"{half}/{file}": line.format("32,48")}, "sd", loaders, f"{half}/{file}", "pictures of [16, 24], 2 times the latents' [8, 12]", "[32, 48]") for half, line in HALVES.items() for file, loaders in FILES.items()),
+    ({"vae_decoder/model.onnx": DECODER.format("16,12")}, "sd", ["ort"], "vae_decoder/model.onnx", "pictures of [16, 24]", "[16, 12]"),
 ]
 WARNINGS = [
     ({ONNX: ("timestep f32", "timestep f32 B")}, "sd", ["ort"], ONNX, "rank 0", "rank 1"),
@@ -62,6 +71,13 @@ def test_every_name_dtype_rank_and_size_of_every_graph_is_held_to(scratch, chang
         and found in item.found
         for item in findings
     ), findings
+
+
+def test_fixed_sizes_that_fit_the_levels_of_the_autoencoder_are_fine(folder):
+    lines = {
+        f"{half}/{file}": line.format("16,24") for half, line in HALVES.items() for file in FILES
+    }
+    assert check_layout(folder(lines), ["ort", "openvino", "genai"]) == []
 
 
 def test_openvino_genai_takes_outputs_by_their_place(folder):
