@@ -8,6 +8,22 @@ from edgedistill.stock import LOADERS
 
 NOT_COMPILED = ("PNDM", "EulerAncestralDiscrete", "LMSDiscrete")
 
+# Keys that change the steps of DDIM and LCM, another value, and what is told of it; then those of LCM alone.
+ACTING = (
+    ("num_train_timesteps", 500, "its timestep is 499, and the table's 999"),
+    ("beta_start", 0.001, "share of the state"),
+    ("beta_end", 0.02, "share of the state"),
+    ("beta_schedule", "linear", "share of the state"),
+    ("prediction_type", "v_prediction", "share of the state"),
+    ("rescale_betas_zero_snr", True, "alpha is 0"),
+)
+ACTING_IN_LCM = (
+    ("original_inference_steps", 40, "share of the state"),
+    ("timestep_scaling", 0.01, "share of the state"),
+    ("clip_sample", True, "share of the state"),
+    ("thresholding", True, "`thresholding` of a LCMScheduler must be False"),
+)
+
 
 def named(name, **keys):
     """Return the change to another class of scheduler."""
@@ -25,12 +41,14 @@ ERRORS = [
     *(({SCHEDULER: {"prediction_type": kind}}, "lcm", ["genai"], SCHEDULER, "'epsilon' with LCMScheduler", f"'{kind}'") for kind in ("v_prediction", "sample")),
     (named("DDIMScheduler"), "lcm", LOADERS[:3], SCHEDULER, "LCMScheduler in a", "'DDIMScheduler'"),
     ({SCHEDULER: {"timestep_spacing": "leading"}}, "sd", LOADERS[:4], SCHEDULER, "the 2 steps of sampler.json", "the table's 999"),
-    ({SCHEDULER: {"original_inference_steps": 40}}, "lcm", LOADERS[:4], SCHEDULER, "the 4 steps of sampler.json", "share of the state"),
+    *(({SCHEDULER: {key: value}}, kind, LOADERS[:4], SCHEDULER, f"the {steps} steps of sampler.json", found) for kind, steps in (("sd", 2), ("lcm", 4)) for key, value, found in ACTING),
+    *(({SCHEDULER: {key: value}}, "lcm", LOADERS[:4], SCHEDULER, "the 4 steps of sampler.json", found) for key, value, found in ACTING_IN_LCM),
+    ({SCHEDULER: {"set_alpha_to_one": False}}, "sd", LOADERS[:4], SCHEDULER, "the 2 steps of sampler.json", "at step 1 its share of the state"),
     *(({SCHEDULER: {key: value}}, "sd", ["swift"], SCHEDULER, f"`{key}`", repr(value)) for key, value in (("beta_start", 0.001), ("beta_end", 0.02), ("beta_schedule", "linear"), ("num_train_timesteps", 500), ("prediction_type", "v_prediction"))),
     ({"samplers/swift.json": "{"}, "sd", LOADERS, "samplers/swift.json", "whole", "not a JSON file"),
 ]
 WARNINGS = [
-    ({SCHEDULER: {"beta_start": ...}}, "sd", LOADERS[:4], SCHEDULER, "`beta_start`", "no such key"),
+    *(({SCHEDULER: {key: ...}}, kind, LOADERS[:4], SCHEDULER, f"`{key}`", "no such key") for kind in ("sd", "lcm") for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")),
     *((named(f"{name}Scheduler"), "sd", LOADERS[:4], SCHEDULER, "the 2 steps of sampler.json", "not known") for name in NOT_COMPILED),
     ({"samplers": ...}, "sd", ["swift"], "sampler.json", "linspace with 1, 2, 3 steps", "none"),
 ]
