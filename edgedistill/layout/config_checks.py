@@ -1,10 +1,11 @@
 """Checks of the networks' configurations and of how they fit one another."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .findings import Finding, check
 from .folder import INDEX, Folder
-from .index_checks import is_stable_diffusion, is_xl
+from .index_checks import is_known, is_stable_diffusion, is_xl
 
 _WRITE = "write the key as diffusers' own configuration has it"
 _VAE = ("scaling_factor", "latent_channels", "in_channels", "out_channels", "block_out_channels")
@@ -25,6 +26,9 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "scaling_factor": (int, float),
 }
 _WHOLE = (int,)
+_SHIFT = "shift_factor"
+_SHIFTED = ("StableDiffusion3", "FluxPipeline", "FluxImg2Img", "FluxInpaint", "FluxFill")
+"""How the names of pipelines begin that add the factor to latents; diffusers' fail without it."""
 _KEYS_XL = ("addition_embed_type", "addition_time_embed_dim")
 
 
@@ -32,7 +36,7 @@ _KEYS_XL = ("addition_embed_type", "addition_time_embed_dim")
 def keys(folder: Folder, _: str) -> Iterator[Finding]:
     """Every key that a loader reads is there and of its kind."""
     for network in folder.networks:
-        if not (is_stable_diffusion(folder) or network.startswith("vae")):
+        if not is_known(folder, network):
             continue
         config, path = folder.config(network), f"{network}/config.json"
         more = _KEYS_XL if network == "unet" and is_xl(folder) else ()
@@ -132,7 +136,8 @@ def tiny_decoder(folder: Folder, loader: str) -> Iterator[Finding]:
             repr(declared),
             "declare what the weights are; a folder for openvino.genai is one without vae/",
         )
-    for key, value in (("scaling_factor", 1.0), ("latent_channels", 4)):
+    channels = {"latent_channels": 4} if is_stable_diffusion(folder) else {}
+    for key, value in {"scaling_factor": 1.0, **channels}.items():
         if config.get(key) != value:
             yield Finding(
                 path,
@@ -162,8 +167,8 @@ def decoders_agree(folder: Folder, _: str) -> Iterator[Finding]:
     whole = folder.config("vae")
     for half in ("vae_decoder", "vae_encoder"):
         config = folder.config(half)
-        for key in _VAE:
-            told, wanted = config.get(key), whole.get(key)
+        for key in (*_VAE, _SHIFT) if whole and config else ():
+            told, wanted = (_told(side, key) for side in (config, whole))
             if wanted is not None and told is not None and told != wanted:
                 yield Finding(
                     f"{half}/config.json",
@@ -171,3 +176,29 @@ def decoders_agree(folder: Folder, _: str) -> Iterator[Finding]:
                     str(told),
                     "copy the configuration of the whole autoencoder",
                 )
+
+
+def _told(config: Mapping[str, Any], key: str) -> Any:
+    """Return what a key stands for: a shift that is null or missing is none."""
+    return (config.get(key) or 0) if key == _SHIFT else config.get(key)
+
+
+@check("diffusers", "ort", "openvino", "genai")
+def shift(folder: Folder, loader: str) -> Iterator[Finding]:
+    """A shift of the latents is told to pipelines that add it, and there is none in the others."""
+    for part in ("vae",) if loader == "diffusers" else ("vae_decoder", "vae_encoder"):
+        config, path = folder.config(part), f"{part}/config.json"
+        told = config.get(_SHIFT)
+        if not config or not is_known(folder, part):
+            continue
+        if folder.pipeline.startswith(_SHIFTED) and not isinstance(told, int | float):
+            expected = f"`{_SHIFT}`, int or float, which a {folder.pipeline} adds to latents"
+            yield Finding(path, expected, "no such key" if told is None else repr(told), _WRITE)
+        elif is_stable_diffusion(folder) and told:
+            yield Finding(
+                path,
+                f"`{_SHIFT}` 0: of the loaders of a {folder.pipeline} openvino.genai alone adds it",
+                repr(told),
+                "take an autoencoder without a shift, or run the pipeline with edgedistill",
+                "warning",
+            )

@@ -170,6 +170,8 @@ TOLERATED = (
     # Swift makes Float32 arrays, and Float32 of what it is given; Apple's converter declares float16.
     Tolerance("swift", "precision", _F32, _SWIFT_SENDS),
     Tolerance("swift", "precision", _F16, _SWIFT_CONVERTS),
+    # Apple's converter once declared 12 sizes in a row, which Swift still sends where it is asked to.
+    Tolerance("swift", "rank", "rank 1", ("time_ids",)),
 )
 
 

@@ -16,7 +16,6 @@ from .findings import FORMATS
 from .graphs import Graph, read_graph
 
 INDEX = "model_index.json"
-MANIFEST = "edgedistill.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 PACKAGES = "coreml/packages"
 RESOURCES = "coreml/Resources"
@@ -104,6 +103,11 @@ class Folder:
         return "ControlNet" in self.pipeline
 
     @property
+    def edits(self) -> bool:
+        """Whether the pipeline starts from an image, which it has to encode."""
+        return "Img2Img" in self.pipeline or "Inpaint" in self.pipeline
+
+    @property
     def apples_denoiser(self) -> str:
         """What Apple's tools call the denoiser."""
         if "transformer" in self.entries:
@@ -117,9 +121,15 @@ class Folder:
         named = tuple(name for name in (*ENCODERS, *DENOISERS, *control) if name in self.entries)
         if not self.is_latent:
             return named
-        edits = "Img2Img" in self.pipeline or "Inpaint" in self.pipeline
-        encoder = ("vae_encoder",) if edits or self.has("vae_encoder") else ()
+        encoder = ("vae_encoder",) if self.edits or self.has("vae_encoder") else ()
         return (*named, "vae_decoder", *encoder)
+
+    @property
+    def apples_networks(self) -> tuple[str, ...]:
+        """The same by the names of Apple's tools, and the safety checker where its package is there."""
+        names = (self.apples_denoiser if name in DENOISERS else name for name in self.networks)
+        checker = ("safety_checker",) if self.has(self.package("safety_checker")) else ()
+        return (*names, *checker)
 
     def config(self, network: str) -> Mapping[str, Any]:
         """Return a network's configuration."""
@@ -133,14 +143,11 @@ class Folder:
         denoiser = self.apples_denoiser
         whole, chunk = self.package(denoiser), self.package(f"{denoiser}_chunk1")
         in_chunks = self.has(chunk) and not self.has(whole)
-        for network in self.networks:
-            name = denoiser if network in DENOISERS else network
+        for name in self.apples_networks:
             if name == CONTROLNET:
                 yield from ((name, path) for path in self.controlnets)
             elif name != denoiser or not in_chunks:
                 yield name, self.package(name)
-        if self.has(self.package("safety_checker")):
-            yield "safety_checker", self.package("safety_checker")
 
     def package(self, network: str) -> str:
         """Return the path of a Core ML package; where there is none, the one that it should have."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from .contracts import TOLERATED, signature
 from .findings import FORMATS, Finding, check
 from .folder import Folder
-from .graphs import Graph
-from .index_checks import is_stable_diffusion, is_xl
+from .graphs import Graph, Tensor
+from .index_checks import is_known, is_xl
 from .mismatches import Mismatch, mismatches
 
 _EXPORT = "export the network anew in this loader's dialect"
@@ -18,7 +18,7 @@ _EXPORT = "export the network anew in this loader's dialect"
 def graphs_there(folder: Folder, loader: str) -> Iterator[Finding]:
     """Every network has its graph, and it can be read."""
     for network, path in folder.graphs(FORMATS[loader]):
-        optional = network == "vae_encoder" and "Img2Img" not in folder.pipeline
+        optional = network == "vae_encoder" and not folder.edits
         if folder.graph(path) is None and path not in folder.damaged and not optional:
             yield Finding(path, f"the graph of {network}", "no such file", "export it")
 
@@ -67,10 +67,7 @@ def signatures(folder: Folder, loader: str) -> Iterator[Finding]:
         if loader == "genai":
             sizes["labels"] = 1
         contract = signature(format_, network, sizes, stacked=is_xl(folder))
-        other_family = network.startswith(("text_encoder", "unet")) and not is_stable_diffusion(
-            folder
-        )
-        if graph is None or contract is None or other_family:
+        if graph is None or contract is None or not is_known(folder, network):
             continue
         for item in mismatches(contract, graph, ordered=loader == "genai"):
             if level := _level(loader, network, item):
@@ -105,6 +102,34 @@ def _way_out(loader: str, item: Mismatch) -> str:
     if item.what == "unknown" and item.found.startswith("output"):
         return "give one output: Swift takes the first"
     return _EXPORT
+
+
+@check("ort", "openvino", "genai")
+def scale_of_pictures(folder: Folder, loader: str) -> Iterator[Finding]:
+    """Pictures are as much larger than latents as the decoder's configuration has levels, which loaders go by."""
+    levels = folder.config("vae_decoder").get("block_out_channels")
+    if not isinstance(levels, list) or not levels:
+        return
+    scale = 2 ** (len(levels) - 1)
+    for network, path in folder.graphs(FORMATS[loader]):
+        graph = folder.graph(path) if network.startswith("vae") else None
+        sides = [_size(side) for side in (graph.inputs, graph.outputs)] if graph else [[], []]
+        latent, picture = sides if network == "vae_decoder" else reversed(sides)
+        wanted = [scale * size for size in latent]
+        if latent and picture and picture != wanted:
+            yield Finding(
+                path,
+                f"pictures of {wanted}, {scale} times the latents' {latent}, by `block_out_channels` of the decoder",
+                str(picture),
+                "take the configuration of the autoencoder that was exported",
+            )
+
+
+def _size(side: tuple[Tensor, ...]) -> list[int]:
+    """Return height and width of the first tensor, if they are fixed."""
+    shape = (side[0].shape if side else None) or ()
+    sizes = [size for size in shape[2:] if isinstance(size, int)]
+    return sizes if len(shape) == 4 and len(sizes) == 2 else []
 
 
 @check("ort", "openvino", "genai")

@@ -52,7 +52,9 @@ _GENAI_CLASSES = {
     "unet": "UNet2DConditionModel",
     "vae": "AutoencoderKL",
 }
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 _OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+_LEAVE_OUT = f"write [null, null] for an optional part: {', '.join(_OPTIONAL)}"
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _NOT_PICKLES = ("openvino_model.bin", "openvino_tokenizer.bin", "openvino_detokenizer.bin")
 
@@ -66,6 +68,13 @@ def is_stable_diffusion(folder: Folder) -> bool:
 def is_xl(folder: Folder) -> bool:
     """Whether the pipeline is Stable Diffusion XL."""
     return folder.pipeline.startswith("StableDiffusionXL")
+
+
+def is_known(folder: Folder, network: str) -> bool:
+    """Whether loaders' contracts for a network are known here: Sana's autoencoder or T5, for example, are others."""
+    if network.startswith("vae"):
+        return folder.config(network).get("_class_name", _AUTOENCODERS[0]) in _AUTOENCODERS
+    return is_stable_diffusion(folder) or network not in (*ENCODERS, "unet", CONTROLNET)
 
 
 def without_controlnets(folder: Folder, loader: str) -> Iterator[Finding]:
@@ -220,9 +229,23 @@ def weights(folder: Folder, _: str) -> Iterator[Finding]:
                     path,
                     f"a file of {class_name}",
                     ", ".join(there) or "no such folder",
-                    f"export the folder anew, or write [null, null] for an optional part: {', '.join(_OPTIONAL)}",
+                    f"{_EXPORT}, or {_LEAVE_OUT}",
                 )
         yield from _shards(folder, wanted[-1])
+
+
+@check("ort", "openvino")
+def feature_extractor(folder: Folder, _: str) -> Iterator[Finding]:
+    """Optimum's pipelines read the configuration of a feature extractor that is named, whoever needs it."""
+    name = "feature_extractor"
+    path = f"{name}/preprocessor_config.json"
+    if name in folder.entries and not folder.has(path):
+        yield Finding(
+            path,
+            f"a file of {folder.entries[name][1]}",
+            "no such file",
+            f"{_EXPORT}, or {_LEAVE_OUT}",
+        )
 
 
 def _shards(folder: Folder, path: str) -> Iterator[Finding]:

@@ -1,16 +1,25 @@
 """Checks of what Apple's Swift package alone demands: packages, batches, chunks, compression."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from .contracts import CONTROLLED, CONTROLNET
 from .findings import Finding, check
-from .folder import MANIFEST, PACKAGES, RESOURCES, Folder
+from .folder import PACKAGES, RESOURCES, Folder
 from .graphs import Graph, Shape
 from .index_checks import is_xl
 
-_TILE = 512
-"""Queries that SPLIT_EINSUM_V2 takes at once (`attention.py` of apple/ml-stable-diffusion)."""
+_COMPILED: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("TextEncoder", "MultilingualTextEncoderProjection"),
+    "text_encoder_2": ("TextEncoder2",),
+    "unet": ("Unet", "UnetChunk1 UnetChunk2"),
+    CONTROLLED: ("ControlledUnet", "ControlledUnetChunk1 ControlledUnetChunk2"),
+    CONTROLNET: ("controlnet/*",),
+    "mmdit": ("MultiModalDiffusionTransformer",),
+    "vae_decoder": ("VAEDecoder",),
+    "vae_encoder": ("VAEEncoder",),
+    "safety_checker": ("SafetyChecker",),
+}
+"""Names of compiled models in `RESOURCES`, by network: one of these, or all of several."""
 
 
 def _sample_shape(graph: Graph | None) -> Shape | None:
@@ -181,6 +190,35 @@ def one_unet(folder: Folder, _: str) -> Iterator[Finding]:
 
 
 @check("swift")
+def all_compiled(folder: Folder, _: str) -> Iterator[Finding]:
+    """Where any model is compiled, every one is that Swift opens, by its name."""
+    resources = folder.root / RESOURCES
+    if not any(resources.rglob("*.mlmodelc")):
+        return
+    for network in folder.apples_networks:
+        optional = network in ("vae_encoder", "safety_checker")
+        if optional and not folder.has(folder.package(network)):
+            continue
+        choices = _COMPILED.get(network, ())
+        if not choices or any(_is_compiled(folder, names) for names in choices):
+            continue
+        told = (names.replace(" ", " and ") for names in choices)
+        yield Finding(
+            f"{RESOURCES}/{choices[0]}.mlmodelc",
+            f"the compiled {' or '.join(told)}, for other models are compiled",
+            "no such model",
+            "run compile_on_mac.sh on a Mac, which compiles all packages",
+            "warning" if optional else "error",
+        )
+
+
+def _is_compiled(folder: Folder, names: str) -> bool:
+    """Whether all models of these names, with blanks between them, are there."""
+    resources = folder.root / RESOURCES
+    return all(any(resources.glob(f"{name}.mlmodelc")) for name in names.split())
+
+
+@check("swift")
 def compiled_models(folder: Folder, _: str) -> Iterator[Finding]:
     """A compiled model tells its inputs in `metadata.json`, which Apple's Python reads."""
     for path in sorted((folder.root / RESOURCES).rglob("*.mlmodelc")):
@@ -191,46 +229,3 @@ def compiled_models(folder: Folder, _: str) -> Iterator[Finding]:
                 "no such file",
                 "compile the package anew on a Mac",
             )
-
-
-@check("swift")
-def split_einsum_tiles(folder: Folder, _: str) -> Iterator[Finding]:
-    """SPLIT_EINSUM_V2 cuts queries into tiles of 512 and drops the rest."""
-    for path, made in _made_with(folder):
-        attention = str(made.get("attention_implementation", "")).upper()
-        graph = folder.graph(path) if attention == "SPLIT_EINSUM_V2" else None
-        levels = _queries(folder, _sample_shape(graph))
-        if odd := [queries for queries in levels if queries > _TILE and queries % _TILE]:
-            yield Finding(
-                path,
-                f"numbers of queries that are multiples of {_TILE} for SPLIT_EINSUM_V2",
-                str(odd[0]),
-                "take SPLIT_EINSUM, or another size of picture",
-            )
-
-
-def _made_with(folder: Folder) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the path of every Core ML network in the manifest and how it was made."""
-    for artifact in _objects(folder.json(MANIFEST).get("artifacts")):
-        made = artifact.get("made_with")
-        if artifact.get("format") == "coreml" and isinstance(made, dict):
-            options = {**made, **(made.get("options") or {})}
-            for network in _objects(artifact.get("networks")):
-                yield str(network.get("path")), options
-
-
-def _objects(data: Any) -> list[Mapping[str, Any]]:
-    """Return the JSON objects among an object's values."""
-    return (
-        [item for item in data.values() if isinstance(item, dict)] if isinstance(data, dict) else []
-    )
-
-
-def _queries(folder: Folder, shape: Shape | None) -> list[int]:
-    """Return how many queries the UNet's levels have, from the finest on."""
-    blocks = folder.config("unet").get("block_out_channels")
-    sizes = [size for size in shape or () if isinstance(size, int)]
-    if len(sizes) != 4:
-        return []
-    levels = range(len(blocks) if isinstance(blocks, list) else 1)
-    return [(sizes[2] >> level) * (sizes[3] >> level) for level in levels]
