@@ -253,6 +253,18 @@ def _default(bundle: Bundle) -> str:
     return f"{len(table.rows)} rows of {size}, guidance {table.guidance.mode} at {table.guidance.default:g}"
 
 
+def refuse_taken(target: Path) -> None:
+    """Refuse to write a bundle to a place that is taken by something else.
+
+    Raises:
+        BundleError: If it is.
+    """
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not (target / MANIFEST).is_file():
+        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
+        raise BundleError(msg)
+
+
 def write_bundle(
     target: Path,
     base: Bundle,
@@ -271,10 +283,7 @@ def write_bundle(
     Raises:
         BundleError: If `target` is something else than a bundle, or cannot be written.
     """
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if taken and not (target / MANIFEST).is_file():
-        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
-        raise BundleError(msg)
+    refuse_taken(target)
     kept = {name: base.artifacts[name] for name in keep}
     with written_aside(target) as aside:
         for name in _loose(base):
