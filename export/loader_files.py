@@ -9,6 +9,7 @@ from typing import Any
 
 from edgedistill.errors import ContractError, require
 from edgedistill.files import read_json, write_bytes, write_json
+from edgedistill.plans import PORTABLE_STEPS
 from edgedistill.schedule import betas_of
 from edgedistill.stock import objections
 from edgedistill.student import Student
@@ -16,7 +17,7 @@ from edgedistill.swift import write_swift_sources
 from edgedistill.tables import tokenizers_of
 from edgedistill.telemetry import require_silent
 
-from .formats import Job
+from .formats import PORTABLE, Job
 from .layouts import CONTROLNET, INDEX, RESOURCES, SOURCES
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -216,9 +217,11 @@ def check_jobs(student: Student, wanted: Collection[Job]) -> None:
         wanted: What will be written to a single root.
 
     Raises:
-        ContractError: If Apple's package has no such pipeline; or if sizes shall be free beside a ControlNet,
-            whose own are not.
+        ContractError: If Apple's package has no such pipeline; if sizes shall be free beside a ControlNet,
+            whose own are not; or if OpenVINO, whose loaders tell whole timesteps, would be told a fraction.
     """
+    if any(job.format == "openvino" and job.sampler is None for job in wanted):
+        _refuse_fractions(student)
     controlled = CONTROLNET in student.signatures
     if controlled and any(job.settings.get("free_sizes") for job in wanted):
         msg = f"{student.root}: a ControlNet is exported at one size; leave --dynamic out, or give height and width."
@@ -227,3 +230,12 @@ def check_jobs(student: Student, wanted: Collection[Job]) -> None:
     if apples and controlled and "text_encoder_2" in student.signatures:
         msg = f"{student.root}: Apple's package has no ControlNets for Stable Diffusion XL; export with --layout bundle."
         raise ContractError(msg)
+
+
+def _refuse_fractions(student: Student) -> None:
+    for name, table in student.samplers.items():
+        for index, row in enumerate(table.rows):
+            if broken := [time for time in row.feeds.values() if not float(time).is_integer()]:
+                steps = ", ".join(map(str, PORTABLE_STEPS))
+                msg = f"{student.root}: row {index} of the sampler {name!r} tells the network the timestep {broken[0]:g}, and OpenVINO's loaders tell whole ones only; ask for {steps} steps with --scheduler {PORTABLE}, or export with --layout bundle."
+                raise ContractError(msg)
