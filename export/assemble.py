@@ -43,7 +43,7 @@ from edgedistill.weight_files import plain_names, weights_in
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
-from .loader_files import check_jobs, make_stock, write_loader_files
+from .loader_files import check_jobs, lacking_files, make_stock, write_loader_files
 from .networks import (
     Networks,
     chosen_networks,
@@ -110,10 +110,16 @@ def export_student(
     missing = [(job, lacking) for job, lacking in missing if lacking]
     if options.layout == SINGLE_ROOT:
         check_target(target, [*kept], [job for job, _ in missing], base)
-    if base.artifacts and not missing:
+    if base.artifacts and not missing and not _lacks_files(student, base, options):
         return base
     fill = functools.partial(_fill, student, options, missing, progress or _silent)
     return write_bundle(target, base, fill, kept)
+
+
+def _lacks_files(student: Student, base: Bundle, options: ExportOptions) -> bool:
+    """Whether loaders would be given more files of a bundle by now; see `lacking_files`."""
+    formats = {artifact.format for artifact in base.artifacts.values()}
+    return options.layout == SINGLE_ROOT and bool(lacking_files(student, base.root, formats))
 
 
 def _without_artifacts(student: Student) -> Bundle:

@@ -238,6 +238,7 @@ def _run(options: argparse.Namespace) -> int:
     ):
         student = _source(options, Path(place))
         from .assemble import export_student
+        from .loader_files import notes
         from .networks import chosen_networks, sizes
         from .samplers import with_samplers
         from .single_root import layout_for
@@ -260,6 +261,9 @@ def _run(options: argparse.Namespace) -> int:
             bar.set_description_str(what)
 
         bundle = export_student(student, target, [options.format], settings, tell)
+    if settings.layout == SINGLE_ROOT:
+        for note in notes(target, {item.format for item in bundle.artifacts.values()}):
+            print(note, file=sys.stderr)
     print(as_json(bundle) if options.json else as_text(bundle, changed=bar.total is not None))
     return 0
 
