@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,8 +236,8 @@ def _run(options: argparse.Namespace) -> int:
         told_to(bar.set_postfix_str),
         tempfile.TemporaryDirectory() as place,
     ):
-        student = _source(options, Path(place))
-        from .assemble import export_student
+        student, merge = _source(options, Path(place))
+        from .assemble import check_export, export_student
         from .loader_files import notes
         from .networks import chosen_networks, sizes
         from .samplers import with_samplers
@@ -255,6 +255,8 @@ def _run(options: argparse.Namespace) -> int:
         if settings.layout == SINGLE_ROOT or options.scheduler is not None:
             held = None if options.overwrite else target
             student = with_samplers(student, forms, options.scheduler, held)
+        check_export(student, target, [options.format], settings)
+        merge()
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
@@ -268,8 +270,11 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _source(options: argparse.Namespace, place: Path) -> "Student":
-    """Open what is exported; a student whose guidance is baked is written to `place`."""
+def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callable[[], object]]":
+    """Open what is exported, and return what finishes its weights, once nothing else speaks against the export.
+
+    A student whose guidance is baked, and a pipeline that others change, is written to `place`.
+    """
     from edgedistill.student import MANIFEST, Student
 
     steps, scale = options.num_inference_steps, options.guidance_scale
@@ -289,22 +294,28 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
             raise ConfigError(msg)
         student = Student.open(options.model)
         if scale is None:
-            return student
+            return student, _nothing
         from .bake import bake_student
 
-        return bake_student(student, scale, place)
+        return bake_student(student, scale, place), _nothing
     from edgedistill.models.source import open_source
-    from edgedistill.models.variant import Lora, open_variant
+    from edgedistill.models.variant import Lora, link_variant
 
     from .single_root import resized
 
     asked = {"num_steps": steps, "guidance_scale": scale}
+    merge: Callable[[], object] = _nothing
     if changed:
         loras = [Lora.parse(text) for text in options.lora]
-        student = open_variant(options.model, place, **{**changed, "loras": loras}, **asked)
+        linked = link_variant(options.model, place, **{**changed, "loras": loras}, **asked)
+        student, merge = linked.student, linked.merge
     else:
         student = open_source(options.model, **asked)
-    return student if sizes == (None, None) else resized(student, *sizes)
+    return student if sizes == (None, None) else resized(student, *sizes), merge
+
+
+def _nothing() -> None:
+    """Leave weights as they are."""
 
 
 def _sampler_of(options: argparse.Namespace) -> str | None:

@@ -1,6 +1,7 @@
 """Folders that diffusers wrote, opened as students: each samples what diffusers' own pipeline samples."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,34 @@ def test_a_lora_is_merged_at_its_scale(tiny_pipelines: Path, adapter: Path, tmp_
     assert np.abs(expected - without).max() > 0.02
     untouched = Path("vae") / store.WEIGHTS
     assert (student.root / untouched).samefile(tiny_pipelines / "sd" / untouched)
+
+
+def test_what_can_be_refused_without_merging_is_refused_before(
+    run: Callable[..., Any],
+    tiny_pipelines: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ("export", "onnx", "-m", tiny_pipelines / "sd", "--steps", "1")
+    merged = (*command, "--lora", f"{adapter}:0.7")
+    there = tmp_path / "there"
+    assert run(*merged, there)[0] == 0
+    assert run(*merged, there)[1].splitlines()[-1].startswith("Nothing to write")
+    monkeypatch.setattr(
+        "edgedistill.models.variant._change", lambda *_: pytest.fail("weights were merged")
+    )
+    for words, message in (
+        ((*merged, adapter.parent), "exists and is not a bundle"),
+        ((*merged, tmp_path / "text_encoder_1"), "a path itself holds `text_encoder`"),
+        ((*merged, tmp_path / "new", "--max-memory", "1MB"), "of memory (an estimate)"),
+        ((*merged, tmp_path / "new", "--networks", "decoder"), "no network 'decoder'"),
+        ((*merged, there, "--steps", "2"), "holds 'sd' with other samplers"),
+        ((*merged, there, "--opset", "18", "--networks", "unet"), "with other options"),
+        ((*command, there, "--lora", f"{adapter}:0.5"), "holds a bundle of another student"),
+    ):
+        status, _, told = run(*words)
+        assert (status, message in told) == (2, True), told
 
 
 def test_a_lora_of_something_else_is_refused(
