@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgedistill.student import Student
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
+_OTHERS_MODEL = ("--model-version", "--model_name_or_path")  # Apple's converter's, Olive's
 _DESCRIPTION = """\
 Write a student, or a folder of diffusers', as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch
 reference, with the sampler table, golden tensors and calibration inputs. Each file is run once beside
@@ -76,15 +77,17 @@ def register(commands: Any) -> None:
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m",
-        "--model",
-        "--model-name-or-path",
+    shown = ["-m", "--model", "--model-name-or-path"]
+    model = parser.add_argument(
+        *shown,
+        *_OTHERS_MODEL,
         metavar="MODEL",
         type=Path,
         required=True,
         help="folder that `distill` made, or that diffusers wrote",
     )
+    model.option_strings = shown
+    _add_foreign(parser)
     parser.add_argument(
         "--guidance-scale",
         metavar="G",
@@ -182,6 +185,14 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(min_deployment_target=ExportOptions.deployment_target)
 
 
+def _add_foreign(parser: argparse.ArgumentParser) -> None:
+    """Take what optimum and Apple's converter call things, without a word in the help."""
+    parser.add_argument("--task", choices=("auto", "text-to-image"), help=argparse.SUPPRESS)
+    for side in ("--latent-h", "--latent-w"):
+        parser.add_argument(side, type=positive, help=argparse.SUPPRESS)
+    parser.add_argument("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+
+
 def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument(
@@ -277,8 +288,12 @@ def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callabl
     """
     from edgedistill.student import MANIFEST, Student
 
+    if options.trust_remote_code:
+        msg = "`--trust-remote-code`: no code is run that comes with a model; leave it out, and export a pipeline whose classes are those of diffusers and transformers."
+        raise ConfigError(msg)
     steps, scale = options.num_inference_steps, options.guidance_scale
     sizes = options.height, options.width
+    latents = options.latent_h, options.latent_w
     others = {
         "loras": options.lora or None,
         "vae": options.vae,
@@ -288,8 +303,8 @@ def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callabl
     }
     changed = {name: value for name, value in others.items() if value is not None}
     if (options.model / MANIFEST).is_file():
-        told = steps, sizes, options.scheduler
-        if told != (None, (None, None), None) or changed:
+        told = steps, *sizes, *latents, options.scheduler
+        if any(item is not None for item in told) or changed:
             msg = f"{options.model}: a student has the steps, the size and the networks that it was trained for; leave them out."
             raise ConfigError(msg)
         student = Student.open(options.model)
@@ -311,7 +326,9 @@ def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callabl
         student, merge = linked.student, linked.merge
     else:
         student = open_source(options.model, **asked)
-    return student if sizes == (None, None) else resized(student, *sizes), merge
+    if any((*sizes, *latents)):
+        student = resized(student, *sizes, latents=latents)
+    return student, merge
 
 
 def _nothing() -> None:

@@ -272,8 +272,15 @@ def test_another_size_is_another_signature(tiny_pipelines) -> None:
     assert tall.table.stages[0].shape == (4, 16, 8)
     assert tall.signatures["unet"].inputs[0].shape == ("batch", 4, 16, 8)
     assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
-    with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
+    with pytest.raises(ConfigError, match="of 4, got 30 and 16; the nearest are 32 and 16"):
         resized(student, 30, None)
+    assert resized(student, None, None, latents=(16, None)) == tall
+    assert resized(student, 32, None, latents=(16, 8)) == tall
+    with pytest.raises(ConfigError, match="latent of 8 x any makes no image of 32 x 16; say one"):
+        resized(student, 32, None, latents=(8, None))
+    pixels = open_source(tiny_pipelines / "class", num_steps=1)
+    with pytest.raises(ConfigError, match="it has no vae_decoder; leave height and width out"):
+        resized(pixels, 32, None)
 
 
 def distilled(source: Path, root: Path) -> Student:

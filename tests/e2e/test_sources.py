@@ -176,6 +176,28 @@ def test_a_student_opens_as_what_it_was_trained_for(tmp_path: Path, student: Stu
         open_source(tmp_path / "nothing")
 
 
+def test_words_of_other_exporters_mean_the_same(
+    run: Callable[..., Any],
+    tiny_pipelines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    part = ("--steps", "1", "--networks", "vae_decoder", "--task", "text-to-image")
+    command = ("export", "onnx", tmp_path / "out", *part)
+    assert run(*command, "--model-version", tiny_pipelines / "sd")[0] == 0
+    told = run(*command, "--model_name_or_path", tiny_pipelines / "sd")[1]
+    assert told.splitlines()[-1].startswith("Nothing to write")
+    status, _, told = run(*command, "-m", tiny_pipelines / "sd", "--latent-h", "16")
+    assert (status, "asked for: 1 rows of 4x16x8" in told) == (2, True)
+    status, _, told = run(*command, "-m", tiny_pipelines / "sd", "--trust-remote-code")
+    assert (status, "no code is run that comes with a model" in told) == (2, True)
+    with pytest.raises(SystemExit):
+        run("export", "onnx", "--help")
+    told = capsys.readouterr().out
+    assert "--model-name-or-path MODEL\n" in told
+    assert not [word for word in ("--model-version", "--task", "--latent-h") if word in told]
+
+
 @pytest.fixture(scope="module")
 def adapter(tiny_pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA of the UNet and the text encoder, as diffusers writes it."""
