@@ -238,19 +238,41 @@ def start_from(target: Path, fresh: Bundle, *, overwrite: bool) -> Bundle:
         return fresh
     held = Bundle.open(target)
     if held.fingerprint != fresh.fingerprint:
-        way_out = "choose another folder, or give --overwrite to replace it."
-        msg = f"{target}: holds a bundle of another student ({held.name!r}); {way_out}"
-        if held.name == fresh.name and held.samplers != fresh.samplers:
-            there, asked = _default(held), _default(fresh)
-            msg = f"{target}: holds {held.name!r} with other samplers (default there: {there}; asked for: {asked}); ask for the same steps, scheduler, guidance and size, {way_out}"
-        raise BundleError(msg)
+        raise another_student(target, held, fresh.name, fresh.samplers)
     return held
 
 
-def _default(bundle: Bundle) -> str:
-    table = bundle.table
+def another_student(target: Path, held: Bundle, name: str, samplers: Tables) -> BundleError:
+    """Return what refuses to write a student to a folder that holds the bundle of another one.
+
+    Args:
+        target: The folder.
+        held: What is there.
+        name, samplers: Of the student that would be written.
+    """
+    way_out = "choose another folder, or give --overwrite to replace it."
+    msg = f"{target}: holds a bundle of another student ({held.name!r}); {way_out}"
+    if held.name == name and held.samplers != samplers:
+        there, asked = _described(held.table), _described(samplers[DEFAULT])
+        msg = f"{target}: holds {held.name!r} with other samplers (default there: {there}; asked for: {asked}); ask for the same steps, scheduler, guidance and size, {way_out}"
+    return BundleError(msg)
+
+
+def _described(table: SamplerTable) -> str:
     size = "x".join(map(str, table.stages[-1].shape))
     return f"{len(table.rows)} rows of {size}, guidance {table.guidance.mode} at {table.guidance.default:g}"
+
+
+def refuse_taken(target: Path) -> None:
+    """Refuse to write a bundle to a place that is taken by something else.
+
+    Raises:
+        BundleError: If it is.
+    """
+    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if taken and not (target / MANIFEST).is_file():
+        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
+        raise BundleError(msg)
 
 
 def write_bundle(
@@ -271,10 +293,7 @@ def write_bundle(
     Raises:
         BundleError: If `target` is something else than a bundle, or cannot be written.
     """
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if taken and not (target / MANIFEST).is_file():
-        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
-        raise BundleError(msg)
+    refuse_taken(target)
     kept = {name: base.artifacts[name] for name in keep}
     with written_aside(target) as aside:
         for name in _loose(base):

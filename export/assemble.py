@@ -1,6 +1,7 @@
 """Student to bundle: the reference, its probes, and one artifact per format and precision, all or nothing."""
 
 import functools
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -19,11 +20,15 @@ from edgedistill.bundle import (
     Bundle,
     Draft,
     NetworkFile,
+    another_student,
+    refuse_taken,
     start_from,
     write_bundle,
 )
 from edgedistill.contract import BATCH, Signature
 from edgedistill.errors import BundleError, ContractError
+from edgedistill.manifest import MANIFEST
+from edgedistill.models.variant import done_to_weights
 from edgedistill.network import CheckedNetwork
 from edgedistill.probes import (
     GOLDEN_SAMPLES,
@@ -43,7 +48,7 @@ from edgedistill.weight_files import plain_names, weights_in
 from .dialects import plain
 from .formats import FORMATS, ExportOptions, Job, jobs
 from .layouts import SINGLE_ROOT, place
-from .loader_files import check_jobs, make_stock, write_loader_files
+from .loader_files import check_jobs, lacking_files, make_stock, write_loader_files
 from .networks import (
     Networks,
     chosen_networks,
@@ -94,13 +99,62 @@ def export_student(
         MissingDependencyError: If a package that a format needs is not installed.
     """
     options = options or ExportOptions()
+    wanted = _wanted(student, formats, options)
+    base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
+    kept, missing = _kept_and_missing(student, target, wanted, options, base)
+    if base.artifacts and not missing and not _lacks_files(student, base, options):
+        return base
+    fill = functools.partial(_fill, student, options, missing, progress or _silent)
+    return write_bundle(target, base, fill, kept)
+
+
+def check_export(
+    student: Student, target: Path, formats: Sequence[str], options: ExportOptions
+) -> None:
+    """Refuse what `export_student` would refuse, as far as no weights are needed to know it.
+
+    Args:
+        student: Its weights may not be yet what they will be.
+        target, formats, options: As for `export_student`.
+
+    Raises:
+        BundleError, ConfigError, ContractError: As `export_student`.
+    """
+    refuse_taken(target)
+    wanted = _wanted(student, formats, options)
+    held = Bundle(student.root, student.name, "", student.table, {}, further=student.further)
+    if not options.overwrite and (target / MANIFEST).is_file():
+        held = Bundle.open(target, whole=False)
+        if _told(held) != _told(student):
+            raise another_student(target, held, student.name, student.samplers)
+    _kept_and_missing(student, target, wanted, options, held)
+
+
+def _told(held: Bundle | Student) -> Any:
+    """Return what tells two students apart without their weights: tables, and what was done to the weights."""
+    tables = {name: item.to_json() for name, item in held.samplers.items()}
+    return json.dumps(tables, sort_keys=True), done_to_weights(held.provenance)
+
+
+def _wanted(student: Student, formats: Sequence[str], options: ExportOptions) -> dict[str, Job]:
+    """Return what is asked for, by the names of the artifacts, if it can be written at all."""
     if options.single_graph is not None:
         refuse(choose(student.samplers, options.single_graph))
     wanted = {job.name: job for job in jobs(formats, options)}
     if options.layout == SINGLE_ROOT:
         check_jobs(student, wanted.values())
+    return wanted
+
+
+def _kept_and_missing(
+    student: Student,
+    target: Path,
+    wanted: Mapping[str, Job],
+    options: ExportOptions,
+    base: Bundle,
+) -> tuple[dict[str, Artifact], list[tuple[Job, list[str]]]]:
+    """Return the artifacts of `base` that stay, and the jobs to do with the networks that each lacks."""
     names = chosen_networks(student, options)
-    base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept = {
         name: held
         for name, held in base.artifacts.items()
@@ -110,10 +164,13 @@ def export_student(
     missing = [(job, lacking) for job, lacking in missing if lacking]
     if options.layout == SINGLE_ROOT:
         check_target(target, [*kept], [job for job, _ in missing], base)
-    if base.artifacts and not missing:
-        return base
-    fill = functools.partial(_fill, student, options, missing, progress or _silent)
-    return write_bundle(target, base, fill, kept)
+    return kept, missing
+
+
+def _lacks_files(student: Student, base: Bundle, options: ExportOptions) -> bool:
+    """Whether loaders would be given more files of a bundle by now; see `lacking_files`."""
+    formats = {artifact.format for artifact in base.artifacts.values()}
+    return options.layout == SINGLE_ROOT and bool(lacking_files(student, base.root, formats))
 
 
 def _without_artifacts(student: Student) -> Bundle:

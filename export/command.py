@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edgedistill.student import Student
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "float32": "float32", "float16": "float16"}
+_OTHERS_MODEL = ("--model-version", "--model_name_or_path")  # Apple's converter's, Olive's
 _DESCRIPTION = """\
 Write a student, or a folder of diffusers', as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch
 reference, with the sampler table, golden tensors and calibration inputs. Each file is run once beside
@@ -76,15 +77,17 @@ def register(commands: Any) -> None:
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-m",
-        "--model",
-        "--model-name-or-path",
+    shown = ["-m", "--model", "--model-name-or-path"]
+    model = parser.add_argument(
+        *shown,
+        *_OTHERS_MODEL,
         metavar="MODEL",
         type=Path,
         required=True,
         help="folder that `distill` made, or that diffusers wrote",
     )
+    model.option_strings = shown
+    _add_foreign(parser)
     parser.add_argument(
         "--guidance-scale",
         metavar="G",
@@ -189,6 +192,14 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(min_deployment_target=ExportOptions.deployment_target)
 
 
+def _add_foreign(parser: argparse.ArgumentParser) -> None:
+    """Take what optimum and Apple's converter call things, without a word in the help."""
+    parser.add_argument("--task", choices=("auto", "text-to-image"), help=argparse.SUPPRESS)
+    for side in ("--latent-h", "--latent-w"):
+        parser.add_argument(side, type=positive, help=argparse.SUPPRESS)
+    parser.add_argument("--trust-remote-code", action="store_true", help=argparse.SUPPRESS)
+
+
 def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument(
@@ -250,8 +261,9 @@ def _run(options: argparse.Namespace) -> int:
         told_to(bar.set_postfix_str),
         tempfile.TemporaryDirectory() as place,
     ):
-        student = _source(options, Path(place))
-        from .assemble import export_student
+        student, merge = _source(options, Path(place))
+        from .assemble import check_export, export_student
+        from .loader_files import notes
         from .networks import chosen_networks, sizes
         from .samplers import with_samplers
         from .single_root import layout_for
@@ -268,22 +280,34 @@ def _run(options: argparse.Namespace) -> int:
         if settings.layout == SINGLE_ROOT or options.scheduler is not None:
             held = None if options.overwrite else target
             student = with_samplers(student, forms, options.scheduler, held)
+        check_export(student, target, [options.format], settings)
+        merge()
 
         def tell(what: str, done: int, total: int) -> None:
             bar.total, bar.n = total, done
             bar.set_description_str(what)
 
         bundle = export_student(student, target, [options.format], settings, tell)
+    if settings.layout == SINGLE_ROOT:
+        for note in notes(target, {item.format for item in bundle.artifacts.values()}):
+            print(note, file=sys.stderr)
     print(as_json(bundle) if options.json else as_text(bundle, changed=bar.total is not None))
     return 0
 
 
-def _source(options: argparse.Namespace, place: Path) -> "Student":
-    """Open what is exported; a student whose guidance is baked is written to `place`."""
+def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callable[[], object]]":
+    """Open what is exported, and return what finishes its weights, once nothing else speaks against the export.
+
+    A student whose guidance is baked, and a pipeline that others change, is written to `place`.
+    """
     from edgedistill.student import MANIFEST, Student
 
+    if options.trust_remote_code:
+        msg = "`--trust-remote-code`: no code is run that comes with a model; leave it out, and export a pipeline whose classes are those of diffusers and transformers."
+        raise ConfigError(msg)
     steps, scale = options.num_inference_steps, options.guidance_scale
     sizes = options.height, options.width
+    latents = options.latent_h, options.latent_w
     others = {
         "loras": options.lora or None,
         "vae": options.vae,
@@ -293,28 +317,36 @@ def _source(options: argparse.Namespace, place: Path) -> "Student":
     }
     changed = {name: value for name, value in others.items() if value is not None}
     if (options.model / MANIFEST).is_file():
-        told = steps, sizes, options.scheduler
-        if told != (None, (None, None), None) or changed:
+        told = steps, *sizes, *latents, options.scheduler
+        if any(item is not None for item in told) or changed:
             msg = f"{options.model}: a student has the steps, the size and the networks that it was trained for; leave them out."
             raise ConfigError(msg)
         student = Student.open(options.model)
         if scale is None:
-            return student
+            return student, _nothing
         from .bake import bake_student
 
-        return bake_student(student, scale, place)
+        return bake_student(student, scale, place), _nothing
     from edgedistill.models.source import open_source
-    from edgedistill.models.variant import Lora, open_variant
+    from edgedistill.models.variant import Lora, link_variant
 
     from .single_root import resized
 
     asked = {"num_steps": steps, "guidance_scale": scale}
+    merge: Callable[[], object] = _nothing
     if changed:
         loras = [Lora.parse(text) for text in options.lora]
-        student = open_variant(options.model, place, **{**changed, "loras": loras}, **asked)
+        linked = link_variant(options.model, place, **{**changed, "loras": loras}, **asked)
+        student, merge = linked.student, linked.merge
     else:
         student = open_source(options.model, **asked)
-    return student if sizes == (None, None) else resized(student, *sizes)
+    if any((*sizes, *latents)):
+        student = resized(student, *sizes, latents=latents)
+    return student, merge
+
+
+def _nothing() -> None:
+    """Leave weights as they are."""
 
 
 def _sampler_of(options: argparse.Namespace) -> str | None:

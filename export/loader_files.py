@@ -2,13 +2,14 @@
 
 import importlib.util
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from edgedistill.errors import ContractError, require
 from edgedistill.files import read_json, write_bytes, write_json
+from edgedistill.plans import PORTABLE_STEPS
 from edgedistill.schedule import betas_of
 from edgedistill.stock import objections
 from edgedistill.student import Student
@@ -16,22 +17,19 @@ from edgedistill.swift import write_swift_sources
 from edgedistill.tables import tokenizers_of
 from edgedistill.telemetry import require_silent
 
-from .formats import Job
+from .formats import PORTABLE, Job
 from .layouts import CONTROLNET, INDEX, RESOURCES, SOURCES
 
 SCHEDULER = "scheduler/scheduler_config.json"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
-_TOKENIZER_FILES = (
-    _VOCABULARY,
-    _MERGES,
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+_SETTINGS, _MARKS = "tokenizer_config.json", "special_tokens_map.json"
+_NEEDED = (_VOCABULARY, _MERGES, _SETTINGS, _MARKS)
+"""What loaders read of a tokenizer; what a source lacks of it is made of the rest."""
+_OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _HALVES = ("vae_decoder", "vae_encoder")
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
+_CONVERTER = "openvino_tokenizers"
 _COMPILE = "compile_on_mac.sh"
 _OURS = ("scalar_inputs", "image_channels", "residual_inputs", "mask_input")
 
@@ -44,12 +42,10 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
         root: The folder; the networks' own folders with their ``config.json`` are there.
         formats: Of the artifacts that it holds.
     """
-    encoders = ("text_encoder", "text_encoder_2")
-    pairs = zip(_TOKENIZERS, encoders, strict=True)
-    tokenizers = [name for name, encoder in pairs if encoder in student.signatures]
+    tokenizers = _tokenizers(student)
     for name in tokenizers:
         _write_tokenizer(student, root / name)
-        if "openvino" in formats:
+        if "openvino" in formats and _converts():
             _write_openvino_tokenizer(root / name)
     write_json(root / SCHEDULER, _scheduler(student, formats))
     for name in _HALVES:
@@ -59,6 +55,36 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
     if "coreml" in formats:
         _write_apples(student, root)
     write_json(root / INDEX, _index(student, tokenizers, formats))
+
+
+def lacking_files(student: Student, root: Path, formats: Collection[str]) -> list[str]:
+    """Return what `write_loader_files` would add to a root, such as what an installed package can write by now.
+
+    Args:
+        student: The root's.
+        root: The folder.
+        formats: Of the artifacts that it holds.
+    """
+    converted = [_OPENVINO_TOKENIZER] if "openvino" in formats and _converts() else []
+    wanted = [f"{name}/{file}" for name in _tokenizers(student) for file in (*_NEEDED, *converted)]
+    return [name for name in (*wanted, SCHEDULER, INDEX) if not (root / name).is_file()]
+
+
+def notes(root: Path, formats: Collection[str]) -> Iterator[str]:
+    """Say what a root cannot do because a package is not installed that writes a file of it.
+
+    Args:
+        root: A single root.
+        formats: Of the artifacts that it holds.
+    """
+    held = [name for name in _TOKENIZERS if (root / name).is_dir()] if "openvino" in formats else []
+    if lacking := [name for name in held if not (root / name / _OPENVINO_TOKENIZER).is_file()]:
+        files = ", ".join(f"{name}/{_OPENVINO_TOKENIZER}" for name in lacking)
+        yield (
+            f"{root}: has no {files}, without which OpenVINO GenAI reads no prompt (the other loaders do): "
+            f'{_CONVERTER} is not installed; run: pip install "edgedistill[interop]", then this export again, '
+            "which adds what lacks."
+        )
 
 
 def why_not(student: Student) -> str | None:
@@ -147,12 +173,18 @@ def _index(
     return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
 
 
+def _tokenizers(student: Student) -> list[str]:
+    """Return the folders of the tokenizers of a student's text encoders."""
+    pairs = zip(_TOKENIZERS, ("text_encoder", "text_encoder_2"), strict=True)
+    return [name for name, encoder in pairs if encoder in student.signatures]
+
+
 def _write_tokenizer(student: Student, folder: Path) -> None:
-    """Copy a tokenizer's files; ``vocab.json`` and ``merges.txt`` are made of ``tokenizer.json`` if they lack."""
+    """Copy a tokenizer's files; of those that loaders need, what lacks is made of the others."""
     source = student.root / folder.name
     folder.mkdir(exist_ok=True)
     if source.is_dir():
-        for name in _TOKENIZER_FILES:
+        for name in (*_NEEDED, "tokenizer.json", "added_tokens.json"):
             if (source / name).is_file():
                 shutil.copy2(source / name, folder / name)
     else:
@@ -160,8 +192,11 @@ def _write_tokenizer(student: Student, folder: Path) -> None:
         shutil.copy2(student.root / held, folder / "tokenizer.json")
     if not all((folder / name).is_file() for name in (_VOCABULARY, _MERGES)):
         _derive_words(folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        write_json(folder / "tokenizer_config.json", _settings(student, folder))
+    settings = _settings(student, folder)
+    if not (folder / _SETTINGS).is_file():
+        write_json(folder / _SETTINGS, settings)
+    if not (folder / _MARKS).is_file():
+        write_json(folder / _MARKS, dict(_marks({**settings, **read_json(folder / _SETTINGS)})))
 
 
 def _derive_words(folder: Path) -> None:
@@ -173,7 +208,8 @@ def _derive_words(folder: Path) -> None:
 
 def _settings(student: Student, folder: Path) -> dict[str, Any]:
     text = student.table.condition("text")
-    padding = read_json(folder / "tokenizer.json").get("padding") or {}
+    file = folder / "tokenizer.json"
+    padding = (read_json(file).get("padding") if file.is_file() else None) or {}
     return {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": text.length if text else None,
@@ -184,17 +220,27 @@ def _settings(student: Student, folder: Path) -> dict[str, Any]:
     }
 
 
+def _marks(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the words that begin, end and fill prompts, which settings may hold with how they are stripped."""
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if (held := settings.get(name)) is not None:
+            yield name, held["content"] if isinstance(held, dict) else held
+
+
+def _converts() -> bool:
+    """Say whether tokenizers can be written as OpenVINO GenAI reads them."""
+    return importlib.util.find_spec(_CONVERTER) is not None
+
+
 def _write_openvino_tokenizer(folder: Path) -> None:
-    """Write the tokenizer as OpenVINO GenAI reads it, where its converter is installed."""
-    if importlib.util.find_spec("openvino_tokenizers") is None:
-        return
+    """Write the tokenizer as OpenVINO GenAI reads it."""
     ov = require_silent("openvino", "openvino")
-    converter = require("openvino_tokenizers", "interop")
+    converter = require(_CONVERTER, "interop")
     from transformers import CLIPTokenizerFast
 
     fast = CLIPTokenizerFast.from_pretrained(folder)
     model = converter.convert_tokenizer(fast, with_detokenizer=False)
-    ov.save_model(model, folder / "openvino_tokenizer.xml", compress_to_fp16=False)
+    ov.save_model(model, folder / _OPENVINO_TOKENIZER, compress_to_fp16=False)
 
 
 def _write_apples(student: Student, root: Path) -> None:
@@ -216,9 +262,11 @@ def check_jobs(student: Student, wanted: Collection[Job]) -> None:
         wanted: What will be written to a single root.
 
     Raises:
-        ContractError: If Apple's package has no such pipeline; or if sizes shall be free beside a ControlNet,
-            whose own are not.
+        ContractError: If Apple's package has no such pipeline; if sizes shall be free beside a ControlNet,
+            whose own are not; or if OpenVINO, whose loaders tell whole timesteps, would be told a fraction.
     """
+    if any(job.format == "openvino" and job.sampler is None for job in wanted):
+        _refuse_fractions(student)
     controlled = CONTROLNET in student.signatures
     if controlled and any(job.settings.get("free_sizes") for job in wanted):
         msg = f"{student.root}: a ControlNet is exported at one size; leave --dynamic out, or give height and width."
@@ -227,3 +275,12 @@ def check_jobs(student: Student, wanted: Collection[Job]) -> None:
     if apples and controlled and "text_encoder_2" in student.signatures:
         msg = f"{student.root}: Apple's package has no ControlNets for Stable Diffusion XL; export with --layout bundle."
         raise ContractError(msg)
+
+
+def _refuse_fractions(student: Student) -> None:
+    for name, table in student.samplers.items():
+        for index, row in enumerate(table.rows):
+            if broken := [time for time in row.feeds.values() if not float(time).is_integer()]:
+                steps = ", ".join(map(str, PORTABLE_STEPS))
+                msg = f"{student.root}: row {index} of the sampler {name!r} tells the network the timestep {broken[0]:g}, and OpenVINO's loaders tell whole ones only; ask for {steps} steps with --scheduler {PORTABLE}, or export with --layout bundle."
+                raise ContractError(msg)

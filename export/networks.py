@@ -61,7 +61,7 @@ def open_networks(student: Student, sketched: Collection[str] = ()) -> Networks:
     loaded: dict[tuple[Path, bool], nn.Module] = {}
     for name in networks_of(student.samplers):
         if name not in student.signatures:
-            msg = f"{student.root}: the table calls network {name!r}, but the student holds only: {', '.join(student.signatures)}."
+            msg = f"{student.root}: the table calls network {name!r}, but the student holds only: {', '.join(student.signatures)}; distil it anew, or take the table that was written with these networks."
             raise ContractError(msg)
         folder = student.folder(name)
         key = folder, name in sketched
@@ -70,7 +70,7 @@ def open_networks(student: Student, sketched: Collection[str] = ()) -> Networks:
         networks[name] = store.facing(loaded[key], student.signatures[name])
         shared = name in student.folders
         if not _fits(student.signatures[name], store.signature(networks[name]), shared=shared):
-            msg = f"{folder}: its inputs and outputs are not those of the student's manifest; distil it anew."
+            msg = f"{folder}: its inputs and outputs are not those of the student's manifest: its config.json was changed since; put the network's own back, or distil it anew."
             raise ContractError(msg)
     student.verify()  # last: what is wrong with a network says more than that it changed
     return networks

@@ -88,25 +88,38 @@ def check_target(target: Path, kept: Sequence[str], wanted: Sequence[Job], held:
             raise BundleError(msg)
 
 
-def resized(student: Student, height: int | None, width: int | None) -> Student:
+def resized(
+    student: Student,
+    height: int | None,
+    width: int | None,
+    *,
+    latents: tuple[int | None, int | None] = (None, None),
+) -> Student:
     """Return a pipeline that makes images of another size.
 
     Args:
         student: Its networks take any size.
         height, width: Of the image; None: as it is.
+        latents: Height and width of its latent, another way to say the same.
 
     Raises:
         ConfigError: If it works on pixels, or its latents cannot make this size.
     """
     decoder = student.signatures.get(_DECODER)
     if decoder is None:
-        msg = f"{student.root}: only what works on latents is exported at another size, and it has no {_DECODER}."
+        msg = f"{student.root}: only what works on latents is exported at another size, and it has no {_DECODER}; leave height and width out."
         raise ConfigError(msg)
-    latents, images = decoder.inputs[0].shape[2:], decoder.outputs[0].shape[2:]
-    factor = int(images[0]) // int(latents[0])
-    size = (height or int(images[0]), width or int(images[1]))
-    if any(side % (2 * factor) for side in size):
-        msg = f"Height and width must be multiples of {2 * factor}, got {size[0]} and {size[1]}."
+    own = [int(side) for side in decoder.outputs[0].shape[2:]]
+    factor = own[0] // int(decoder.inputs[0].shape[2])
+    tall, wide = (latent and latent * factor for latent in latents)
+    size = (height or tall or own[0], width or wide or own[1])
+    if (tall or size[0], wide or size[1]) != size:
+        msg = f"A latent of {latents[0] or 'any'} x {latents[1] or 'any'} makes no image of {size[0]} x {size[1]}; say one of them."
+        raise ConfigError(msg)
+    step = 2 * factor
+    if any(side % step for side in size):
+        near = " and ".join(str(max(1, round(side / step)) * step) for side in size)
+        msg = f"Height and width must be multiples of {step}, got {size[0]} and {size[1]}; the nearest are {near}."
         raise ConfigError(msg)
     small = (size[0] // factor, size[1] // factor)
     held = {"image": size, **dict.fromkeys(("x", "raw", "latent"), small)}

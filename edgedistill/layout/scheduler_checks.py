@@ -8,7 +8,7 @@ from edgedistill.stock import GENAI_CLASSES, objections, swift_spacing
 from edgedistill.tables import TABLE, table_file
 
 from .findings import Finding, check
-from .folder import INDEX, SCHEDULER, Folder
+from .folder import DENOISERS, INDEX, SCHEDULER, Folder
 from .schedulers import GENAI_BETAS, SCALING, SPACINGS, STATED, SWIFT_BETAS
 
 _PORTABLE = "take DDIM with trailing spacing, epsilon and clip_sample false at 1, 2, 4 or 8 steps"
@@ -143,18 +143,20 @@ def steps(folder: Folder, loader: str) -> Iterator[Finding]:
         yield Finding(SCHEDULER, f"the {count} steps of {TABLE}", reason, _PORTABLE, level)
 
 
+@check("openvino")
+def whole_steps(folder: Folder, _: str) -> Iterator[Finding]:
+    """A graph that takes whole time steps is told whole ones."""
+    for network, path in folder.graphs("openvino"):
+        graph = folder.graph(path) if network in DENOISERS else None
+        taken = {item.dtype for item in (graph.inputs if graph else ()) if item.name == "timestep"}
+        if taken & {"int32", "int64"}:
+            yield from _fractions(folder, f"all that {path} takes")
+
+
 @check("swift")
 def swift_steps(folder: Folder, _: str) -> Iterator[Finding]:
     """Every table has whole time steps, and one is what an unmodified Swift package makes."""
-    for name, table in folder.tables.items():
-        times = [row.feeds.get("timestep", 0.0) for row in table.rows if row.call]
-        if broken := [time for time in times if not time.is_integer()]:
-            yield Finding(
-                table_file(name),
-                "whole time steps, all that Swift can tell the network",
-                str(broken[0]),
-                "round the time steps and distil on them",
-            )
+    yield from _fractions(folder, "all that Swift can tell the network")
     if folder.tables and not any(swift_spacing(table) for table in folder.tables.values()):
         counts = ", ".join(map(str, SWIFT_STEPS))
         yield Finding(
@@ -164,3 +166,15 @@ def swift_steps(folder: Folder, _: str) -> Iterator[Finding]:
             "build the sampler's Swift file into the app: unmodified, Swift takes other steps",
             "warning",
         )
+
+
+def _fractions(folder: Folder, why: str) -> Iterator[Finding]:
+    for name, table in folder.tables.items():
+        times = [row.feeds.get("timestep", 0.0) for row in table.rows if row.call]
+        if broken := [time for time in times if not time.is_integer()]:
+            yield Finding(
+                table_file(name),
+                f"whole time steps, {why}",
+                str(broken[0]),
+                "take another number of steps, or round the time steps and distil on them",
+            )

@@ -14,6 +14,7 @@ from edgedistill.models.inputs import (
     Inputs,
     inputs_of,
     picture,
+    refuse_unsized,
     scalar_embedding,
 )
 from edgedistill.models.unet import baked_state, zero_convs
@@ -195,8 +196,9 @@ def build_conditional(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """Build an untrained stock network; one that takes ``timestep_cond`` takes w, which is embedded in it.
 
     Raises:
-        ValueError: If the configuration asks for an input that is not known here.
+        ValueError: If the configuration asks for an input that is not known here, or states no size.
     """
+    refuse_unsized(config)
     refuse_unknown_inputs(config)
     if config.get("time_cond_proj_dim"):
         return ExtendedUNet2DConditionModel(config, Inputs({"w": SCALES["w"]}))
@@ -238,6 +240,9 @@ def refuse_unknown_inputs(config: Mapping[str, Any]) -> None:
         unknown.append(f"cross_attention_dim {dims!r}")
     if unknown:
         msg = f"its inputs are not known here: {', '.join(unknown)}"
+        raise ValueError(msg)
+    if added is not None and not config.get("addition_time_embed_dim"):
+        msg = "`addition_time_embed_dim` must say how wide each size is embedded where `addition_embed_type` is 'text_time'; get config.json anew"
         raise ValueError(msg)
 
 

@@ -80,3 +80,16 @@ def inputs_of(config: Mapping[str, Any]) -> Inputs:
         config["residual_inputs"],
         config.get("mask_input", False),
     )
+
+
+def refuse_unsized(config: Mapping[str, Any]) -> None:
+    """Refuse the configuration of a denoiser that does not say what sizes it takes.
+
+    Raises:
+        ValueError: Naming the key and what belongs there.
+    """
+    size = config.get("sample_size")
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        msg = f"`sample_size` must be the size of its states, a whole number or [height, width], got {size!r}; write it into config.json"
+        raise ValueError(msg)

@@ -27,8 +27,29 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
 }
 _EXAMPLES = ("a photograph of a cat", "a ship at sea", "a bowl of fruit", "a street in the rain")
-# Parts of pipelines that their networks cannot be called without.
-_UNKNOWN = ("text_encoder_3", "prior", "movq", "vqvae", "image_encoder_2", "controlnet_1", "unet_2")
+_KNOWN = {
+    *DENOISERS,
+    *ENCODERS,
+    *(name.replace("text_encoder", "tokenizer") for name in ENCODERS),
+    "vae",
+    "scheduler",
+    CONTROLNET,
+}
+# Their pipelines draw without them, too.
+_OPTIONAL = {"safety_checker", "feature_extractor", "image_encoder"}
+# Parts of pipelines that their networks cannot be called without, where no index tells of them.
+_UNKNOWN = (
+    "text_encoder_3",
+    "prior",
+    "movq",
+    "vqvae",
+    "image_encoder_2",
+    "controlnet_1",
+    "unet_2",
+    "adapter",
+    "motion_adapter",
+)
+_PARTS = "one has unet/ or transformer/, scheduler/, and perhaps text_encoder/, tokenizer/, vae/ and controlnet/"
 _LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
@@ -96,16 +117,16 @@ def find_parts(root: Path) -> Parts:
             ``scheduler_config.json`` in it, in ``scheduler/`` beside it, or in its parent.
 
     Raises:
-        BundleError: If a part is missing or not known, or ``model_index.json`` asks for code that is not
-            diffusers' or transformers' own.
+        BundleError: If a part is missing or not known, or ``model_index.json`` asks for one that is not, or for
+            code that is not diffusers' or transformers' own.
     """
     index = read_json(root / INDEX) if (root / INDEX).is_file() else {}
     for problem in _index_problems(index):
-        msg = f"{root / INDEX}: {problem}; only parts of diffusers and transformers are read, and no code is run that comes with a model."
+        msg = f"{root / INDEX}: {problem}."
         raise BundleError(msg)
     for name in _UNKNOWN:
         if (root / name).is_dir():
-            msg = f"{root / name}: pipelines with this part are not known; one has unet/ or transformer/, scheduler/, and perhaps text_encoder/, tokenizer/ and vae/."
+            msg = f"{root / name}: pipelines with this part are not known; {_PARTS}."
             raise BundleError(msg)
     held = [name for name in DENOISERS if (root / name).is_dir()]
     folder = root / held[0] if held else root
@@ -122,17 +143,23 @@ def find_parts(root: Path) -> Parts:
 
 
 def _index_problems(index: Any) -> Iterator[str]:
+    own = "only parts of diffusers and transformers are read, and no code is run that comes with a model"
     if not isinstance(index, dict):
-        yield "is not the index of a pipeline"
+        yield f"is not the index of a pipeline; {own}"
         return
     if not isinstance(index.get("_class_name", ""), str):
-        yield f"asks for the pipeline {index['_class_name']!r}"
+        yield f"asks for the pipeline {index['_class_name']!r}; {own}"
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
         library, kind = (*entry, None, None)[:2]
         if library is not None and library not in _LIBRARIES:
-            yield f"asks for `{name}` from {library}.{kind}"
+            yield f"asks for `{name}` from {library}.{kind}; {own}"
+        elif (library, kind) != (None, None) and name not in _KNOWN | _OPTIONAL:
+            yield (
+                f"asks for `{name}`, a {kind}, and pipelines with this part are not known; {_PARTS}. Where the "
+                "pipeline draws without it, too, put [null, null] in its place"
+            )
 
 
 def _scheduler_file(root: Path) -> Path:
@@ -205,9 +232,14 @@ def refuse_strangers(
     Raises:
         BundleError: Saying which.
     """
-    taken, made = denoiser.inputs[0].shape[1], denoiser.outputs[0].shape[1]
+    taken, made = (int(side[0].shape[1]) for side in (denoiser.inputs, denoiser.outputs))
     if taken != made:
-        msg = f"{name}: {network}/ takes {taken} channels and makes {made}: what the others are given, such as mask and picture of an inpainting model, is not known here; give a text-to-image model, which inpaints with a `mask` too."
+        why = "what the others are given, such as mask and picture of an inpainting model, is not known here; give a text-to-image model, which inpaints with a `mask` too"
+        if made == 2 * taken:
+            why = "a UNet that predicts a variance beside its mean is not known here; give one whose `out_channels` are its `in_channels`"
+        elif made > taken:
+            why = "what the further ones are is not known here; give one whose `out_channels` are its `in_channels`"
+        msg = f"{name}: {network}/ takes {taken} channels and makes {made}: {why}."
         raise BundleError(msg)
     problems = []
     widths: dict[str, int] = {}

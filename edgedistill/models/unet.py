@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from edgedistill.contract import residual_shapes
 from edgedistill.errors import ConfigError
-from edgedistill.models.inputs import EMBEDDING_DIM, Inputs, inputs_of, picture, scalar_embedding
+from edgedistill.models.inputs import (
+    EMBEDDING_DIM,
+    Inputs,
+    inputs_of,
+    picture,
+    refuse_unsized,
+    scalar_embedding,
+)
 
 
 class ExtendedUNet2DModel(nn.Module):
@@ -182,7 +189,15 @@ def _named(inputs: Inputs) -> list[str]:
 
 
 def build_stock(config: Mapping[str, Any]) -> UNet2DModel:
-    """Build an untrained stock `UNet2DModel` from a configuration; keys it does not know are left out."""
+    """Build an untrained stock `UNet2DModel` from a configuration; keys it does not know are left out.
+
+    Raises:
+        ValueError: If the configuration asks for an input that is not known here, or states no size.
+    """
+    refuse_unsized(config)
+    if (kind := config.get("class_embed_type")) is not None:
+        msg = f"its inputs are not known here: class_embed_type {kind!r}; classes are whole numbers, with `num_class_embeds`"
+        raise ValueError(msg)
     return UNet2DModel.from_config(
         {k: v for k, v in config.items() if k not in _OURS and not k.startswith("_")}
     )

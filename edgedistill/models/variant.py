@@ -60,7 +60,35 @@ class Lora:
             raise ConfigError(msg) from None
 
 
-def open_variant(
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """A pipeline put together of links, with the weights of some networks still to be changed.
+
+    Fields:
+        student: The pipeline; its configurations and its table are what they will be.
+        changes: What is to be done to the weights, by network.
+    """
+
+    student: Student
+    changes: Mapping[str, Change]
+
+    def merge(self) -> Student:
+        """Change the weights; this is the work.
+
+        Raises:
+            BundleError: If weights are damaged, or an update is for another network.
+        """
+        for part, change in self.changes.items():
+            _change(self.student.root / part, change)
+        return self.student
+
+
+def open_variant(root: Path, place: Path, **asked: Any) -> Student:
+    """Write a pipeline that differs from another, and open it; arguments and errors as for `link_variant`."""
+    return link_variant(root, place, **asked).merge()
+
+
+def link_variant(
     root: Path,
     place: Path,
     *,
@@ -70,8 +98,8 @@ def open_variant(
     conditioning_scale: float | None = None,
     variant: str | None = None,
     **asked: Any,
-) -> Student:
-    """Write a pipeline that differs from another by these, and open it.
+) -> Variant:
+    """Put a pipeline together that differs from another by these; no weights are read but those of LoRA files.
 
     Args:
         root: The pipeline's folder; it is not changed.
@@ -84,7 +112,7 @@ def open_variant(
         **asked: As `edgedistill.models.source.open_source`.
 
     Returns:
-        The student; what was done is in its provenance.
+        The student, whose provenance says what was done, and what is to be done to its weights.
 
     Raises:
         BundleError: If a file is missing, damaged, a pickle, or for another network.
@@ -110,23 +138,27 @@ def open_variant(
     if conditioning_scale is not None:
         changes[CONTROLNET] = _scaling(sources[CONTROLNET], conditioning_scale)
     for part, source in sources.items():
-        if part in changes:
-            _write_changed(source, place / part, changes[part])
-        else:
-            _link(source, place / part)
+        _link(source, place / part)
     student = open_source(place, **asked)
-    merged = [
+    added = [
         {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
     ]
     done = {
-        "lora": merged,
+        "lora": added,
         "vae": None if vae is None else vae.resolve().name,
         CONTROLNET: None if controlnet is None else controlnet.resolve().name,
         "conditioning_scale": conditioning_scale,
         "variant": variant,
     }
     told = {name: value for name, value in done.items() if value not in (None, [])}
-    return dataclasses.replace(student, name=name, provenance={**student.provenance, **told})
+    student = dataclasses.replace(student, name=name, provenance={**student.provenance, **told})
+    return Variant(student, changes)
+
+
+def done_to_weights(provenance: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a provenance says that was done to a pipeline's weights; where it differs, so do they."""
+    loras = [(item["sha256"], item["scale"]) for item in provenance.get("lora", ())]
+    return loras, provenance.get("conditioning_scale") or 1.0
 
 
 def _scaling(source: Path, scale: float) -> Change:
@@ -169,13 +201,15 @@ def _of_variant(root: Path, place: Path, variant: str) -> Path:
     return place
 
 
-def _write_changed(source: Path, folder: Path, change: Change) -> None:
-    """Write a network with other weights."""
-    config = read_json(source / "config.json")
+def _change(folder: Path, change: Change) -> None:
+    """Give a network of links other weights, in files of its own."""
+    config = read_json(folder / "config.json")
     with torch.device("meta"):
-        network = store.build(config, str(source))
-    state = store.load_shards(store.weights_of(network, source))
+        network = store.build(config, str(folder))
+    state = store.load_shards(store.weights_of(network, folder))
     change(state)
+    shutil.rmtree(folder)
+    folder.mkdir()
     write_json(folder / "config.json", config)
     store.save_weights(state, folder / store.weights_file(network), {"format": "pt"})
 

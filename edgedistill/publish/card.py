@@ -1,5 +1,6 @@
 """The model card: Markdown with the hub's metadata, rendered from a bundle's manifest and a parity report."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,15 @@ FILE = "README.md"
 _TAGS = ("diffusion", "few-step", "edgedistill")
 _TASKS = {"text": "text-to-image", "image": "image-to-image"}
 _RECIPE_FIELDS = ("teacher", "data", "seed")
+# Of a pipeline: its class, and what was put in the place of parts of it when it was exported.
+_SOURCE_FIELDS = (
+    "source",
+    "variant",
+    "vae",
+    "controlnet",
+    "conditioning_scale",
+    "baked_guidance_scale",
+)
 _REFERENCE_NOTE = """\
 Core ML packages that were checked outside of macOS ran in the reference evaluator of the saved ML Program, which is
 not the Neural Engine."""
@@ -37,6 +47,7 @@ def render(bundle: Bundle, parity: Mapping[str, Any] | None = None) -> str:
         _section("Samplers", _table(*_samplers(bundle))),
         _section("Networks", _table(*_networks(bundle))),
         _section("Artifacts", _artifacts(bundle, parity)),
+        *_sizes(bundle),
         _section("Use", _use(bundle)),
         _section("Where it comes from", _provenance(bundle)),
     ]
@@ -74,9 +85,16 @@ def _metadata(bundle: Bundle) -> str:
 def _summary(bundle: Bundle) -> str:
     table = bundle.table
     plural = "s" * (table.nfe != 1)
-    return (
-        f"A diffusion model that makes a sample in {table.nfe:g} evaluation{plural} of its network, as files for "
-        f"{_listed(sorted({item.format for item in bundle.artifacts.values()}))}. {_guided(table.guidance)}"
+    return " ".join(
+        [
+            f"A diffusion model that makes a sample in {table.nfe:g} evaluation{plural} of its network, as files for "
+            f"{_listed(sorted({item.format for item in bundle.artifacts.values()}))}. {_guided(table.guidance)}",
+            *(
+                f"The graphs of {item.name} hold scale {item.guidance_scale:g} and take no other."
+                for item in bundle.artifacts.values()
+                if item.guidance_scale is not None
+            ),
+        ]
     )
 
 
@@ -159,6 +177,25 @@ def _artifacts(bundle: Bundle, parity: Mapping[str, Any] | None) -> str:
     return f"{_table(headers, rows)}\n\n{note}"
 
 
+def _sizes(bundle: Bundle) -> Iterator[str]:
+    """Yield the section of sizes by network, where there are several."""
+    artifacts = [item for item in bundle.artifacts.values() if item.sampler is None]
+    names = list(dict.fromkeys(name for item in artifacts for name in item.networks))
+    if len(names) < 2:
+        return
+    rows = [[name, *(_size(bundle, item, name) for item in artifacts)] for name in names]
+    table = _table(("network", *(item.name for item in artifacts)), rows)
+    note = "What several networks share is counted with each: both halves of an autoencoder lie in one file of PyTorch's."
+    yield _section("Sizes in MB", f"{table}\n\n{note}")
+
+
+def _size(bundle: Bundle, artifact: Artifact, network: str) -> str:
+    if network not in artifact.networks:
+        return ""
+    alone = dataclasses.replace(artifact, networks={network: artifact.networks[network]})
+    return f"{bundle.size(alone) / 1e6:.2f}"
+
+
 def _named(artifact: Artifact) -> tuple[str, str, str]:
     return artifact.name, artifact.runtime, artifact.precision
 
@@ -193,6 +230,13 @@ def _provenance(bundle: Bundle) -> str:
     recipe = held.get("recipe") or {}
     lines = [f"- method: {held['method']}"] if "method" in held else []
     lines += [f"- {name}: {recipe[name]}" for name in _RECIPE_FIELDS if name in recipe]
+    lines += [
+        f"- {name.replace('_', ' ')}: {held[name]}" for name in _SOURCE_FIELDS if name in held
+    ]
+    lines += [
+        f"- LoRA: {item['file']} at scale {item['scale']:g} (SHA-256 `{item['sha256']}`)"
+        for item in held.get("lora", ())
+    ]
     lines += [
         f"- {name.replace('_', ' ')}: {held[name]}"
         for name in ("made_by", "exported_by")

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle import Bundle
+from edgedistill.bundle import Bundle, refuse_taken
 from edgedistill.errors import BundleError, ConfigError, require
 from edgedistill.files import written_aside
+from edgedistill.manifest import MANIFEST
 from edgedistill.publish.card import FILE, render
 
 _IGNORED = (".cache/**", ".git*")
@@ -84,7 +85,10 @@ def pull(
         MissingDependencyError: If huggingface_hub is not installed.
     """
     _check_name(repository)
-    _check_free(target, overwrite=overwrite)
+    refuse_taken(target)
+    if (target / MANIFEST).is_file() and not overwrite:
+        msg = f"{target}: holds a bundle; choose another folder, or give --overwrite to replace it."
+        raise BundleError(msg)
     hub = require("huggingface_hub", "hub")
     with written_aside(target) as aside:
         with _told(hub, repository):
@@ -116,16 +120,6 @@ def _check_name(repository: str) -> None:
         raise ConfigError(msg)
 
 
-def _check_free(target: Path, *, overwrite: bool) -> None:
-    taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if taken and not (target / "edgedistill.json").is_file():
-        msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
-        raise BundleError(msg)
-    if taken and not overwrite:
-        msg = f"{target}: holds a bundle; choose another folder, or give --overwrite to replace it."
-        raise BundleError(msg)
-
-
 def _remove_traces(folder: Path) -> None:
     """Remove what huggingface_hub notes beside a download."""
     shutil.rmtree(folder / ".cache", ignore_errors=True)
@@ -143,11 +137,14 @@ def _told(hub: Any, repository: str) -> Iterator[None]:
         hub.errors.HFValidationError,
         hub.errors.LocalEntryNotFoundError,
         hub.errors.OfflineModeIsEnabled,
+        # What it raises of large files: the latter of any trouble with one, which is its cause.
+        ValueError,
+        RuntimeError,
     )
     try:
         yield
     except (*known, *_unreachable()) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         msg = f"{repository}: the hub refuses or cannot be reached ({reason:.300}); check the name, the token (`huggingface-cli login`) and the network."
         raise BundleError(msg) from error
 

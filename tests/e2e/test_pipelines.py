@@ -1,10 +1,13 @@
 """What a request may ask of an exported pipeline: prompts, guidance, images to begin from, little memory."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
 import edgedistill
@@ -14,8 +17,10 @@ from edgedistill.models import store
 from edgedistill.models.source import open_source
 from edgedistill.pipeline import Pipeline
 from edgedistill.sampler import RowTrace, latent_of
+from edgedistill.table import Guidance
 from edgedistill.teacher import Teacher
 from export.assemble import export_student
+from export.formats import ExportOptions
 
 PROMPTS = ["a photo of the cat", "a ship in the rain"]
 STEPS = 4
@@ -24,7 +29,8 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def exported(tiny_pipelines: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     student = open_source(tiny_pipelines / "sd", num_steps=STEPS, guidance_scale=3.0)
-    return export_student(student, tmp_path_factory.mktemp("sd") / "bundle", ["onnx"])
+    target, options = tmp_path_factory.mktemp("sd") / "bundle", ExportOptions(dtype="float32")
+    return export_student(student, target, ["onnx", "openvino"], options)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +71,48 @@ def test_a_negative_prompt_takes_the_place_of_the_empty_one(pipeline: Pipeline) 
     assert np.abs(away - pipeline(prompt=PROMPTS[0], guidance_scale=1.0).array).max() < 1e-5
 
 
-def test_other_guidance_takes_no_negative_prompt(bundle: Bundle) -> None:
-    with pytest.raises(
-        ContractError, match="guidance is 'embedded', which takes no negative prompt"
-    ):
-        edgedistill.load(bundle, runtime="onnxruntime")(negative_prompt="rain")
+GUIDANCE = {
+    "none": Guidance(),
+    "embedded": Guidance("embedded", "w", 2.0, (1.0, 4.0)),
+    "baked": Guidance("baked", default=2.0, range=(2.0, 2.0)),
+    "cfg": Guidance("cfg", default=2.0, range=(1.0, 4.0), null={"class_labels": 3}),
+}
+NEGATIVE: dict[str, Any] = {"negative_prompt": "rain"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "message"),
+    [
+        (
+            "none",
+            {"guidance_scale": 2.0},
+            "guidance is 'none' at scale 1; `guidance_scale=2` cannot be chosen here, leave it out",
+        ),
+        (
+            "baked",
+            {"guidance_scale": 3.0},
+            "guidance is 'baked' at scale 2; `guidance_scale=3` cannot be chosen here",
+        ),
+        ("embedded", {"guidance_scale": 5.0}, r"lie in the trained range \[1, 4\], got 5"),
+        ("cfg", {"guidance_scale": 0.5}, r"must lie in \[1, 4\], got 0.5"),
+        ("none", NEGATIVE, "guidance is 'none', which takes no negative prompt; leave it out"),
+        ("baked", NEGATIVE, "guidance is 'baked', which takes no negative prompt"),
+        ("embedded", NEGATIVE, "guidance is 'embedded', which takes no negative prompt"),
+        # Without a text there is nothing that a negative prompt could take the place of.
+        ("cfg", NEGATIVE, "guidance is 'cfg', which takes no negative prompt"),
+    ],
+)
+def test_guidance_that_a_model_does_not_have_is_refused(
+    mode: str, asked: dict[str, Any], message: str, handmade: Path
+) -> None:
+    held = Bundle.open(handmade)
+    (stage,) = held.table.stages
+    scale = 2.0 if mode == "cfg" else None
+    rows = tuple(replace(row, guidance_scale=scale) for row in stage.rows)
+    table = replace(held.table, stages=(replace(stage, rows=rows),), guidance=GUIDANCE[mode])
+    made = Pipeline(replace(held, table=table), held.artifact(runtime="fake"))
+    with pytest.raises(ContractError, match=message):
+        made(**asked)
 
 
 def test_an_image_is_begun_from_by_its_latent(pipeline: Pipeline, tiny_pipelines: Path) -> None:
@@ -107,6 +150,71 @@ def test_kept_pixels_survive_inpainting_as_far_as_the_autoencoder_goes(pipeline:
     )
     latent = latent_of(pipeline.table, pipeline.networks["vae_encoder"], picture)
     assert np.abs(states[-1] - latent).max() < 1e-6
+
+
+PICTURE = np.tanh(np.random.default_rng(6).standard_normal((1, 3, 16, 16))).astype(np.float32)
+
+
+def known_latent(folder: Path) -> torch.Tensor:
+    """Return the latent of the picture: the mean, where diffusers draws; given a latent, it takes that."""
+    vae = store.load(folder / "vae")
+    with torch.no_grad():
+        return vae.encode(torch.from_numpy(PICTURE)).latent_dist.mean * vae.config.scaling_factor
+
+
+def theirs(pipeline: Any, **asked: Any) -> np.ndarray:
+    """Return what a pipeline of diffusers draws at this file's steps and guidance, as ours gives it."""
+    pipeline.set_progress_bar_config(disable=True)
+    made = pipeline(
+        PROMPTS[0],
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        **asked,
+    )
+    return made.images.transpose(0, 3, 1, 2) * 2 - 1
+
+
+def drawn() -> np.ndarray:
+    """Return the noise that diffusers draws of the same generator."""
+    return torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).numpy()
+
+
+# diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("strength", [0.5, 0.75, 1.0])
+def test_an_image_is_gone_on_from_as_diffusers_does(
+    strength: float, runtime: str, exported: Bundle, tiny_pipelines: Path
+) -> None:
+    stock = StableDiffusionImg2ImgPipeline.from_pretrained(tiny_pipelines / "sd")
+    expected = theirs(stock, image=known_latent(tiny_pipelines / "sd"), strength=strength)
+    ours = edgedistill.load(exported, runtime=runtime)
+    made = ours(prompt=PROMPTS[0], image=PICTURE, strength=strength, noise=[drawn()]).array
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("strength", [0.5, None])
+def test_a_part_is_drawn_anew_as_diffusers_does(
+    strength: float | None, runtime: str, exported: Bundle, tiny_pipelines: Path
+) -> None:
+    mask = np.zeros((1, 1, 16, 16), np.float32)
+    mask[:, :, 6:, :10] = 1  # whole latents, of which diffusers takes one pixel each
+    latent = known_latent(tiny_pipelines / "sd")
+    stock = StableDiffusionInpaintPipeline.from_pretrained(tiny_pipelines / "sd")
+    given = {"image": latent, "masked_image_latents": latent, "mask_image": torch.from_numpy(mask)}
+    expected = theirs(stock, **given, strength=strength or 1.0)
+    # What is kept is noised with the one noise that diffusers draws.
+    noise = [drawn()] * int(STEPS * (strength or 1.0))
+    ours = edgedistill.load(exported, runtime=runtime)
+    asked = {"image": PICTURE, "mask": mask, "strength": strength, "noise": noise}
+    made = ours(prompt=PROMPTS[0], **asked).array
+    np.testing.assert_allclose(made, expected, atol=1e-4)
+    free = ours(prompt=PROMPTS[0], noise=noise[:1], seed=0).array
+    assert np.abs(made - free).max() > 1e-2
 
 
 def test_little_memory_opens_one_after_another_and_draws_the_same(

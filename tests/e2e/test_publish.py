@@ -1,6 +1,8 @@
 """The card says what the manifest says; a bundle goes to a hub and comes back, by a stand-in on this machine."""
 
 import base64
+import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -21,7 +23,11 @@ REPOSITORY = "someone/digits"
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """As much of the hub's interface as one upload and one download use; large files come the plain way too."""
+    """As much of the hub's interface as one upload and one download use.
+
+    Of the server: `held` is what lies there, `large` the endings of what goes by Git LFS, `loose` such files before
+    the commit that takes them, `refuses` whether they are refused, `branch` the last commit's.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -48,12 +54,32 @@ class StandIn(BaseHTTPRequestHandler):
             self.answer({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             names = [item["path"] for item in json.loads(body)["files"]]
-            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            ways = {True: "lfs", False: "regular"}
+            modes = [
+                {
+                    "path": n,
+                    "uploadMode": ways[n.endswith(self.server.large)],
+                    "shouldIgnore": False,
+                }
+                for n in names
+            ]
             self.answer({"files": modes})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{self.server.url}/loose/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": objects})
+        elif "/branch/" in self.path:
+            self.answer({}, 201)
         elif "/commit/" in self.path:
+            self.server.branch = self.path.rpartition("/")[2]
             for line in map(json.loads, body.splitlines()):
+                value = line["value"]
                 if line["key"] == "file":
-                    held[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    held[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    held[value["path"]] = self.server.loose[value["oid"]]
             place = f"https://huggingface.co/{REPOSITORY}/commit/{'0' * 40}"
             self.answer({"success": True, "commitOid": "0" * 40, "commitUrl": place})
         else:
@@ -76,13 +102,22 @@ class StandIn(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815
 
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.server.refuses:
+            self.answer({"error": "no room"}, 403)
+            return
+        self.server.loose[self.path.rpartition("/")[2]] = body
+        self.answer({})
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     reset_sessions()
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
-    server.held = {}
+    server.held, server.loose, server.large = {}, {}, ()
+    server.refuses, server.branch = False, None
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -115,6 +150,58 @@ def test_a_bundle_that_is_there_is_replaced_when_asked_alone(
     assert Bundle.open(handmade).name == "handmade"
     back = pull(REPOSITORY, handmade, overwrite=True, token="t", endpoint=hub.url)
     assert Bundle.open(handmade).fingerprint == back.fingerprint == bundle.fingerprint
+
+
+def test_large_files_go_by_their_own_way_and_come_back(bundle: Bundle, hub, tmp_path: Path) -> None:
+    hub.large = (".onnx", ".bin", ".safetensors")
+    push(bundle.root, REPOSITORY, token="t", endpoint=hub.url)
+    large = [name for name in hub.held if name.endswith(hub.large)]
+    assert len(large) >= 4
+    for name in large:
+        digest = hashlib.sha256((bundle.root / name).read_bytes()).hexdigest()
+        assert hub.loose[digest] == hub.held[name]
+    back = pull(REPOSITORY, tmp_path / "back", token="t", endpoint=hub.url)
+    assert back.artifacts == bundle.artifacts
+
+
+@pytest.mark.parametrize("large", [(".onnx",), (".onnx", ".bin")], ids=["one", "several"])
+def test_a_large_file_that_is_refused_is_named_with_the_reason(
+    large: tuple[str, ...], bundle: Bundle, hub
+) -> None:
+    hub.large, hub.refuses = large, True
+    message = r"someone/digits: the hub refuses .*uploading '.*\.(onnx|bin)' .*403"
+    with pytest.raises(BundleError, match=message):
+        push(bundle.root, REPOSITORY, token="t", endpoint=hub.url)
+    assert not hub.held
+
+
+def test_the_commands_say_where_it_lies(
+    run, bundle: Bundle, hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, function in (("push", push), ("pull", pull)):
+        here = functools.partial(function, token="t", endpoint=hub.url)
+        monkeypatch.setattr(f"edgedistill.publish.hub.{name}", here)
+    status, told, _ = run("push", bundle.root, REPOSITORY, "--private", "--revision", "next")
+    where = f"https://huggingface.co/{REPOSITORY}/commit/{'0' * 40}"
+    assert (status, told, hub.branch) == (0, f"Uploaded: {where}\n", "next")
+    assert json.loads(run("push", bundle.root, REPOSITORY, "--json")[1]) == {"url": where}
+    assert hub.branch == "main"
+    back = tmp_path / "back"
+    status, told, _ = run("pull", REPOSITORY, back)
+    assert (status, told) == (0, f"Written: {back} ({bundle.name})\n")
+    told = json.loads(run("pull", REPOSITORY, back, "--json")[1])
+    assert told == {
+        "bundle": str(back),
+        "name": bundle.name,
+        "fingerprint": bundle.fingerprint,
+    }
+    for words, message in (
+        (("push", tmp_path, REPOSITORY), "not a bundle"),
+        (("push", bundle.root, "digits"), "A repository is named USER/NAME, got 'digits'"),
+        (("pull", REPOSITORY, tmp_path), "exists and is not a bundle"),
+    ):
+        status, _, told = run(*words)
+        assert (status, message in told) == (2, True), told
 
 
 def test_what_was_changed_on_the_way_does_not_appear(bundle: Bundle, hub, tmp_path: Path) -> None:
@@ -159,6 +246,40 @@ def test_the_card_has_the_manifest_s_numbers(bundle: Bundle) -> None:
         if "snr_db" in artifact.made_with:
             assert line.endswith(f"| {artifact.made_with['snr_db']:.1f} |")
     assert f"| (default) | {len(bundle.table.rows)} | {bundle.table.nfe:g} |" in card
+
+
+def test_the_card_says_what_a_pipeline_was_made_of(bundle: Bundle) -> None:
+    made_of = {
+        "source": "StableDiffusionPipeline",
+        "variant": "fp16",
+        "lora": [{"file": "style.safetensors", "sha256": "ab" * 32, "scale": 0.7}],
+        "vae": "small",
+        "controlnet": "edges",
+        "conditioning_scale": 0.5,
+    }
+    artifacts = {
+        name: dataclasses.replace(
+            item, networks={**item.networks, "vae_decoder": item.networks["unet"]}
+        )
+        for name, item in bundle.artifacts.items()
+    }
+    artifacts["onnx-float32"] = dataclasses.replace(artifacts["onnx-float32"], guidance_scale=4.5)
+    told = render(dataclasses.replace(bundle, provenance=made_of, artifacts=artifacts))
+    lines = told.splitlines()
+    for line in (
+        "- source: StableDiffusionPipeline",
+        "- variant: fp16",
+        f"- LoRA: style.safetensors at scale 0.7 (SHA-256 `{'ab' * 32}`)",
+        "- vae: small",
+        "- controlnet: edges",
+        "- conditioning scale: 0.5",
+    ):
+        assert line in lines
+    assert "The graphs of onnx-float32 hold scale 4.5 and take no other." in told
+    sizes = " | ".join(f"{bundle.size(item) / 1e6:.2f}" for item in bundle.artifacts.values())
+    assert f"| unet | {sizes} |" in lines
+    assert f"| vae_decoder | {sizes} |" in lines
+    assert "Sizes in MB" not in render(bundle)
 
 
 def test_the_card_takes_a_parity_report(run, bundle: Bundle, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from edgedistill.bundle import Bundle
 from edgedistill.cli import main
-from edgedistill.errors import ConfigError
+from edgedistill.errors import ConfigError, ContractError
 from edgedistill.files import read_json, write_json
 from edgedistill.layout.checking import check_layout
 from edgedistill.models.source import open_source
@@ -18,6 +18,9 @@ from edgedistill.plans import portable
 from edgedistill.stock import objections, swift_spacing
 from edgedistill.student import Student
 from edgedistill.swift import SOURCES, golden
+from export.assemble import export_student
+from export.formats import ExportOptions, jobs
+from export.loader_files import check_jobs
 from export.samplers import CHOICE, with_samplers
 from runtimes.verify import verify
 
@@ -126,6 +129,27 @@ def test_a_distilled_student_keeps_its_samplers(tiny_pipelines, tmp_path) -> Non
     student = dataclasses.replace(source, root=tmp_path)
     student.write_manifest()
     assert with_samplers(student, ["coreml"]) is student
+
+
+@pytest.mark.parametrize(("steps", "fraction"), [(3, "499.5"), (5, "749.25")])
+def test_a_fraction_of_a_timestep_is_refused_before_openvino_would_be_told_it(
+    steps: int, fraction: str, tiny_pipelines: Path, tmp_path: Path
+) -> None:
+    euler = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "linspace"}
+    root = with_scheduler(tiny_pipelines / "sd", tmp_path / "euler", **euler)
+    options = ExportOptions(layout="single-root")
+    student = planned(root, steps)
+    message = (
+        rf"row 1 of the sampler 'default' tells the network the timestep {fraction}, .*1, 2, 4, 8"
+    )
+    with pytest.raises(ContractError, match=message):
+        export_student(student, tmp_path / "out", ["openvino"], options)
+    assert not (tmp_path / "out").exists()
+    check_jobs(student, jobs(["onnx"], options))
+    # Of eight steps some are fractions, too, and a plan that all loaders take stands in.
+    check_jobs(planned(root, 8), jobs(["openvino"], options))
+    with pytest.raises(ContractError, match="with --scheduler portable, or .* --layout bundle"):
+        check_jobs(planned(root, 8, asked="own"), jobs(["openvino"], options))
 
 
 @pytest.mark.slow

@@ -4,18 +4,24 @@ import dataclasses
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from edgedistill.agreement import snr_db
 from edgedistill.bundle import Bundle
 from edgedistill.errors import BundleError, ConfigError, ContractError
 from edgedistill.files import read_json, write_json
 from edgedistill.layout.checking import check_layout
+from edgedistill.models import store
 from edgedistill.models.source import EMBEDDED_RANGE, open_source
+from edgedistill.noise import noise_bank
 from edgedistill.pipeline import load
 from edgedistill.plans import PORTABLE
+from edgedistill.student import Student
+from edgedistill.teacher import Teacher
 from edgedistill.text import Tokenizer
 from export.assemble import export_student
 from export.formats import ExportOptions
@@ -266,5 +272,93 @@ def test_another_size_is_another_signature(tiny_pipelines) -> None:
     assert tall.table.stages[0].shape == (4, 16, 8)
     assert tall.signatures["unet"].inputs[0].shape == ("batch", 4, 16, 8)
     assert tall.signatures["vae_decoder"].outputs[0].shape == ("batch", 3, 32, 16)
-    with pytest.raises(ConfigError, match="must be multiples of 4, got 30 and 16"):
+    with pytest.raises(ConfigError, match="of 4, got 30 and 16; the nearest are 32 and 16"):
         resized(student, 30, None)
+    assert resized(student, None, None, latents=(16, None)) == tall
+    assert resized(student, 32, None, latents=(16, 8)) == tall
+    with pytest.raises(ConfigError, match="latent of 8 x any makes no image of 32 x 16; say one"):
+        resized(student, 32, None, latents=(8, None))
+    pixels = open_source(tiny_pipelines / "class", num_steps=1)
+    with pytest.raises(ConfigError, match="it has no vae_decoder; leave height and width out"):
+        resized(pixels, 32, None)
+
+
+def distilled(source: Path, root: Path) -> Student:
+    """Write what a distillation of a pipeline in two steps writes, the network as it was."""
+    teacher = Teacher.open(source)
+    store.save(teacher.network, root / "unet")
+    signatures, folders = teacher.save_parts(root)
+    signatures = {"unet": teacher.signature, **signatures}
+    table = teacher.complete(teacher.table(2, spacing="trailing"))
+    Student(root, "distilled", table, signatures, folders=folders).write_manifest()
+    return Student.open(root)
+
+
+# diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "fill"), [("sd", {"": "<|endoftext|>"}), ("sdxl", {"_2": "!"})])
+def test_a_distilled_student_opens_in_loaders_as_well(
+    kind: str, fill: dict[str, str], tiny_pipelines: Path, tmp_path: Path
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    student = distilled(tiny_pipelines / kind, tmp_path / "student")
+    assert not any(path.is_dir() for path in student.root.glob("tokenizer*"))
+    options = ExportOptions(layout=SINGLE_ROOT)
+    made = export_student(student, tmp_path / "root", ["onnx"], options)
+    found = check_layout(made.root, ["diffusers", "ort"])
+    assert [item for item in found if item.level == "error"] == []
+    for ending, pad in fill.items():
+        marks = read_json(made.root / f"tokenizer{ending}" / "special_tokens_map.json")
+        start, end = "<|startoftext|>", "<|endoftext|>"
+        assert marks == {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": pad}
+    noise = noise_bank(made.table, [5])
+    pipe = DiffusionPipeline.from_pretrained(made.root)
+    pipe.set_progress_bar_config(disable=True)
+    asked = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+    theirs = pipe(PROMPT, latents=torch.from_numpy(noise[0]), **asked).images
+    ours = load(made, "onnxruntime")(prompt=PROMPT, noise=noise).array
+    np.testing.assert_allclose(ours.transpose(0, 2, 3, 1) / 2 + 0.5, theirs, atol=1e-4)
+
+
+def test_marks_are_made_of_a_tokenizer_s_own_settings(tiny_pipelines, tmp_path) -> None:
+    from transformers import CLIPTokenizer
+
+    import export.loader_files as files
+
+    source = Path(shutil.copytree(tiny_pipelines / "sd", tmp_path / "sd"))
+    folder = source / "tokenizer"
+    for name in ("special_tokens_map.json", "tokenizer.json"):
+        (folder / name).unlink()
+    settings = read_json(folder / "tokenizer_config.json")
+    told = {"__type": "AddedToken", "content": "!", "lstrip": False}
+    write_json(folder / "tokenizer_config.json", {**settings, "pad_token": told})
+    files._write_tokenizer(open_source(source, num_steps=1), tmp_path / "tokenizer")
+    made = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert (made.pad_token, made.bos_token) == ("!", "<|startoftext|>")
+    assert read_json(tmp_path / "tokenizer" / "special_tokens_map.json")["pad_token"] == "!"
+
+
+def test_a_tokenizer_that_was_not_converted_is_told_of_and_joins_later(
+    run, tiny_pipelines, tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("openvino_tokenizers", reason="needs openvino-tokenizers")
+    root = tmp_path / "root"
+    converted = root / "tokenizer/openvino_tokenizer.xml"
+    command = ("export", "openvino", "-m", tiny_pipelines / "sd", root, "--steps", 1)
+    with monkeypatch.context() as without:
+        without.setattr("export.loader_files._converts", lambda: False)
+        for done in ("Written", "Nothing to write"):
+            status, told, noted = run(*command)
+            assert (status, told.splitlines()[-1].startswith(done)) == (0, True)
+            assert f"{root}: has no tokenizer/openvino_tokenizer.xml" in noted
+            assert 'pip install "edgedistill[interop]"' in noted
+            assert not converted.exists()
+    graph = (root / "unet/openvino_model.xml").read_bytes()
+    for done in ("Written", "Nothing to write"):
+        status, told, noted = run(*command)
+        assert (status, told.splitlines()[-1].startswith(done)) == (0, True)
+        assert "interop" not in noted
+        assert converted.is_file()
+    assert (root / "unet/openvino_model.xml").read_bytes() == graph
+    assert Bundle.open(root).artifacts.keys() == {"torch-float32", "openvino-float32"}

@@ -1,6 +1,5 @@
 """Folders that diffusers wrote, opened as students: each samples what diffusers' own pipeline samples."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,139 +168,34 @@ def test_guidance_is_what_the_network_offers(tiny_pipelines: Path) -> None:
         open_source(tiny_pipelines / "unconditional", guidance_scale=2.0)
 
 
-def _index(**entries: object) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        path = root / "model_index.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
-
-    return change
-
-
-def _config(part: str, **values: object) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        path = root / part / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return change
-
-
-def _renamed(old: str, new: str) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        (root / old).rename(root / new)
-
-    return change
-
-
-def _two_variants(root: Path) -> None:
-    plain = root / f"{UNET}.safetensors"
-    shutil.copy2(plain, root / f"{UNET}.bf16.safetensors")
-    plain.rename(root / f"{UNET}.fp16.safetensors")
-
-
-def _index_of(part: str, weight_map: dict[str, str]) -> Callable[[Path], None]:
-    def change(root: Path) -> None:
-        (root / part / store.WEIGHTS).unlink()
-        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
-        (root / part / f"{store.WEIGHTS}.index.json").write_text(json.dumps(index))
-
-    return change
-
-
-UNET = "unet/diffusion_pytorch_model"
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "remote code": (
-        _index(unet=["my_unet", "MyUNet"]),
-        r"model_index.json: asks for `unet` from my_unet.MyUNet; .* no code is run",
-    ),
-    "remote pipeline": (
-        _index(_class_name=["pipeline", "MyPipeline"]),
-        r"asks for the pipeline \['pipeline', 'MyPipeline'\]",
-    ),
-    "another class": (
-        _config("unet", _class_name="UNet3DConditionModel"),
-        "unet: is a UNet3DConditionModel; the network that draws is one of UNet2DModel",
-    ),
-    "another transformer": (
-        _config("unet", _class_name="SD3Transformer2DModel"),
-        "unet: is a SD3Transformer2DModel; the network that draws is one of",
-    ),
-    "further inputs": (
-        _config("unet", encoder_hid_dim_type="text_proj"),
-        "inputs are not known here: encoder_hid_dim_type",
-    ),
-    "two controlnets": (
-        lambda root: (root / "controlnet_1").mkdir(),
-        "controlnet_1: pipelines with this part are not known",
-    ),
-    "pickles": (
-        _renamed(f"{UNET}.safetensors", f"{UNET}.bin"),
-        "unet/.*: no such file. diffusion_pytorch_model.bin is a pickle",
-    ),
-    "no weights": (
-        lambda root: (root / "vae/diffusion_pytorch_model.safetensors").unlink(),
-        "vae/diffusion_pytorch_model.safetensors: no such file. Nor are there shards of it: get",
-    ),
-    "no networks": (
-        lambda root: shutil.rmtree(root / "unet"),
-        "config.json: no such file; a pipeline's folder has unet or transformer with one in it",
-    ),
-    "two variants": (
-        _two_variants,
-        "unet: holds the variants bf16, fp16 and no plain .*; say which with --variant",
-    ),
-    "a shard is missing": (
-        _index_of("unet", {"conv_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}),
-        "00001-of-00002.safetensors: no such file, and .*index.json says that it holds",
-    ),
-    "shards elsewhere": (
-        _index_of("unet", {"conv_in.weight": "../vae/diffusion_pytorch_model.safetensors"}),
-        "index.json: has no `weight_map` from tensors to files beside it",
-    ),
-    "no text encoder": (
-        lambda root: shutil.rmtree(root / "text_encoder"),
-        "its unet reads prompts, and there is no text_encoder/ beside it",
-    ),
-    "no tokenizer": (
-        lambda root: shutil.rmtree(root / "tokenizer"),
-        "tokenizer: holds neither tokenizer.json nor vocab.json with merges.txt",
-    ),
-    "no scheduler": (
-        lambda root: shutil.rmtree(root / "scheduler"),
-        "has no scheduler_config.json",
-    ),
-    "another autoencoder": (
-        _config("vae", _class_name="AutoencoderDC"),
-        "vae: is a AutoencoderDC; .* AutoencoderKL, AutoencoderTiny",
-    ),
-    "an inpainting model": (
-        _config("unet", in_channels=9),
-        "unet/ takes 9 channels and makes 4: .* mask and picture of an inpainting model",
-    ),
-    "strangers": (
-        _config("vae", latent_channels=16),
-        "vae/ makes latents of 16 channels, unet/ takes 4",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_taken_is_named_before_weights_are_read(
-    case: str, tiny_pipelines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change, message = REFUSED[case]
-    root = Path(shutil.copytree(tiny_pipelines / "sd", tmp_path / "sd"))
-    change(root)
-    monkeypatch.setattr(store, "load_weights", lambda _: pytest.fail("weights were read"))
-    with pytest.raises(BundleError, match=message):
-        open_source(root)
-
-
 def test_a_student_opens_as_what_it_was_trained_for(tmp_path: Path, student: Student) -> None:
     assert open_source(student.root).fingerprint == student.fingerprint
     with pytest.raises(ConfigError, match="a student has the steps, the guidance"):
         open_source(student.root, num_steps=2)
     with pytest.raises(BundleError, match="no such folder"):
         open_source(tmp_path / "nothing")
+
+
+def test_words_of_other_exporters_mean_the_same(
+    run: Callable[..., Any],
+    tiny_pipelines: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    part = ("--steps", "1", "--networks", "vae_decoder", "--task", "text-to-image")
+    command = ("export", "onnx", tmp_path / "out", *part)
+    assert run(*command, "--model-version", tiny_pipelines / "sd")[0] == 0
+    told = run(*command, "--model_name_or_path", tiny_pipelines / "sd")[1]
+    assert told.splitlines()[-1].startswith("Nothing to write")
+    status, _, told = run(*command, "-m", tiny_pipelines / "sd", "--latent-h", "16")
+    assert (status, "asked for: 1 rows of 4x16x8" in told) == (2, True)
+    status, _, told = run(*command, "-m", tiny_pipelines / "sd", "--trust-remote-code")
+    assert (status, "no code is run that comes with a model" in told) == (2, True)
+    with pytest.raises(SystemExit):
+        run("export", "onnx", "--help")
+    told = capsys.readouterr().out
+    assert "--model-name-or-path MODEL\n" in told
+    assert not [word for word in ("--model-version", "--task", "--latent-h") if word in told]
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +246,34 @@ def test_a_lora_is_merged_at_its_scale(tiny_pipelines: Path, adapter: Path, tmp_
     assert np.abs(expected - without).max() > 0.02
     untouched = Path("vae") / store.WEIGHTS
     assert (student.root / untouched).samefile(tiny_pipelines / "sd" / untouched)
+
+
+def test_what_can_be_refused_without_merging_is_refused_before(
+    run: Callable[..., Any],
+    tiny_pipelines: Path,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ("export", "onnx", "-m", tiny_pipelines / "sd", "--steps", "1")
+    merged = (*command, "--lora", f"{adapter}:0.7")
+    there = tmp_path / "there"
+    assert run(*merged, there)[0] == 0
+    assert run(*merged, there)[1].splitlines()[-1].startswith("Nothing to write")
+    monkeypatch.setattr(
+        "edgedistill.models.variant._change", lambda *_: pytest.fail("weights were merged")
+    )
+    for words, message in (
+        ((*merged, adapter.parent), "exists and is not a bundle"),
+        ((*merged, tmp_path / "text_encoder_1"), "a path itself holds `text_encoder`"),
+        ((*merged, tmp_path / "new", "--max-memory", "1MB"), "of memory (an estimate)"),
+        ((*merged, tmp_path / "new", "--networks", "decoder"), "no network 'decoder'"),
+        ((*merged, there, "--steps", "2"), "holds 'sd' with other samplers"),
+        ((*merged, there, "--opset", "18", "--networks", "unet"), "with other options"),
+        ((*command, there, "--lora", f"{adapter}:0.5"), "holds a bundle of another student"),
+    ):
+        status, _, told = run(*words)
+        assert (status, message in told) == (2, True), told
 
 
 def test_a_lora_of_something_else_is_refused(
