@@ -109,6 +109,12 @@ def register_parity(commands: Any) -> None:
     parser.add_argument("--runtime", metavar="R", nargs="+", default=[], help="default: all")
     parser.add_argument("--artifact", metavar="NAME", nargs="+", default=[], help="default: all")
     parser.add_argument("--report", metavar="HTML", type=Path, help="also write a page")
+    parser.add_argument(
+        "--compiled",
+        action="store_const",
+        const=True,
+        help="of --runtime coreml, on a Mac: what coreml/compile_on_mac.sh compiled, in place of the packages",
+    )
     _add_shared(parser)
     parser.set_defaults(run=_parity)
 
@@ -232,7 +238,8 @@ def _bar(items: Sequence[Any]) -> Iterable[Any]:
 
 
 def _runtime_options(options: argparse.Namespace) -> dict[str, Any]:
-    given = {"device": options.device, "threads": options.threads}
+    compiled = getattr(options, "compiled", None)  # of `parity` alone
+    given = {"device": options.device, "threads": options.threads, "compiled": compiled}
     return {name: value for name, value in given.items() if value is not None}
 
 
