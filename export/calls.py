@@ -57,7 +57,7 @@ def sizes_of(student: Student, names: Collection[str]) -> dict[str, Size]:
     if not set(networks_of(student.samplers)) <= set(student.signatures):
         return {}
     signatures = signatures_of(student, 1)
-    found = {}
+    found: dict[str, Size] = {}
     for name in names:
         config = student.folder(name) / "config.json"
         size = _size(json.dumps(read_json(config)), str(config), signatures[name])

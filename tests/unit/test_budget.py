@@ -9,12 +9,15 @@ import torch
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import ConfigError
 from edgedistill.models import store
+from edgedistill.models.source import open_source
 from edgedistill.student import Student
+from edgedistill.tables import networks_of
 from edgedistill.teacher import ARCHITECTURES
 from export import budget
 from export.calls import Size, size_of, sizes_of, together
 from export.foretold import TOGETHER, Probing, tasks_of
 from export.formats import ExportOptions, jobs
+from export.networks import weight_bytes
 
 MEASURED = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
 ROW = re.compile(
@@ -102,6 +105,22 @@ def test_what_is_computed_is_counted_and_the_weights_are_not():
     spec = TensorSpec("x", (3, 64), "float32", "x")
     size = size_of(Twice(), Signature((spec,), (TensorSpec("y", (3, 8), "float32", "raw"),)))
     assert size == Size(4 * 64 * 64, layer=4 * 64 * 8, attention=0, flops=2 * 3 * 64 * 8)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["sd", "sd2", "lcm", "sdxl", "controlnet", "sdxl-controlnet", "unconditional", "class", "dit"],
+)
+def test_the_networks_of_every_kind_of_pipeline_are_told(tiny_pipelines: Path, kind: str) -> None:
+    source = open_source(tiny_pipelines / kind, num_steps=1)
+    names = networks_of(source.samplers)
+    sizes = sizes_of(source, names)
+    assert tuple(sizes) == names
+    for name, size in sizes.items():
+        parameters = store.facing(store.sketch(source.folder(name)), source.signatures[name])
+        assert size.weights == weight_bytes(parameters), name
+        assert size.flops > size.weights / 4, name
+        assert size.layer > 0, name
 
 
 def test_the_reference_is_a_task_and_what_is_there_is_none(student: Student):
