@@ -83,27 +83,36 @@ def export_student(
         MissingDependencyError: If a package that a format needs is not installed.
     """
     options = options or ExportOptions()
+    wanted = _wanted(student, formats, options)
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
-    kept, missing = _kept_and_missing(student, target, formats, options, base)
+    kept, missing = _kept_and_missing(student, target, wanted, options, base)
     if base.artifacts and not missing:
         return base
-    tasks = tasks_of(student, missing, None if REFERENCE in kept else probing(student))
-    budget.check(tasks, target, options.max_memory)
+    tasks = _estimated(student, target, options, kept, missing)
     (foretold or _silent)(tasks)
     isolate = budget.isolation(options.isolate, sizes(student), tasks, options.max_memory)
     options = replace(options, isolate=isolate)
     return _write_one_by_one(student, target, options, (base, kept), missing, progress or _silent)
 
 
-def _kept_and_missing(
-    student: Student, target: Path, formats: Sequence[str], options: ExportOptions, base: Bundle
-) -> tuple[dict[str, Artifact], list[tuple[Job, list[str]]]]:
-    """Return the artifacts of `base` that stay, and the jobs to do with the networks that each lacks."""
+def _wanted(student: Student, formats: Sequence[str], options: ExportOptions) -> dict[str, Job]:
+    """Return what is asked for, by the names of the artifacts, if it can be written at all."""
     if options.single_graph is not None:
         refuse(choose(student.samplers, options.single_graph))
     wanted = {job.name: job for job in jobs(formats, options)}
     if options.layout == SINGLE_ROOT:
         check_jobs(student, wanted.values())
+    return wanted
+
+
+def _kept_and_missing(
+    student: Student,
+    target: Path,
+    wanted: Mapping[str, Job],
+    options: ExportOptions,
+    base: Bundle,
+) -> tuple[dict[str, Artifact], list[tuple[Job, list[str]]]]:
+    """Return the artifacts of `base` that stay, and the jobs to do with the networks that each lacks."""
     names = chosen_networks(student, options)
     kept = {
         name: held
@@ -115,6 +124,19 @@ def _kept_and_missing(
     if options.layout == SINGLE_ROOT:
         check_target(target, [*kept], [job for job, _ in missing], base)
     return kept, missing
+
+
+def _estimated(
+    student: Student,
+    target: Path,
+    options: ExportOptions,
+    kept: Collection[str],
+    missing: Missing,
+) -> list[Task]:
+    """Return what is to be written, if there is the memory and the disk for it."""
+    tasks = tasks_of(student, missing, None if REFERENCE in kept else probing(student))
+    budget.check(tasks, target, options.max_memory)
+    return tasks
 
 
 def _without_artifacts(student: Student) -> Bundle:
