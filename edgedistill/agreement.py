@@ -11,6 +11,8 @@ from edgedistill.errors import ContractError
 DB_LIMIT = 999.0
 # Rounding in float32, up to 1e-6 of an output, moves the gain of a response of this size by at most 0.001.
 FAINT = 1e-3
+TOLERANCE = 1e-6
+"""Of a coefficient, relative to it or to 1, whichever is larger."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,13 @@ def is_faint(response: np.ndarray, output: np.ndarray) -> bool:
         output: The reference's output; both are compared by their root mean square.
     """
     return 0 < _rms(response) < FAINT * _rms(output)
+
+
+def is_close(found: float | None, expected: float | None) -> bool:
+    """Say whether a coefficient is what it should be, up to `TOLERANCE`; None is close to nothing but None."""
+    if found is None or expected is None:
+        return found is expected
+    return abs(found - expected) <= TOLERANCE * max(1.0, abs(expected))
 
 
 def finite_db(value: float) -> float:

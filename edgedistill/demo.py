@@ -27,6 +27,10 @@ a smaller one, export to ONNX, OpenVINO and Core ML, compress, sample, and compa
 Takes minutes on two CPU cores and needs no network. Each step is a command that it prints, so that it
 can be repeated by hand with another model."""
 EPILOG = """\
+examples:
+  edgedistill demo
+  edgedistill demo -o somewhere --json > report.json
+
 DIR/report.html shows everything; DIR/report.json is the same for machines; DIR/bundle holds the 4-step
 student in every format, DIR/compressed its 8-bit and 6-bit versions. Exit status 1 if a bar is missed."""
 
@@ -35,7 +39,14 @@ def register(commands: Any) -> None:
     """Add the command to the parser."""
     short = "the whole way in minutes, on a teacher that comes with the package"
     parser = add_command(commands, "demo", short, DESCRIPTION, EPILOG)
-    parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="folder to fill (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print DIR/report.json at the end")
     parser.set_defaults(run=run)
 

@@ -104,6 +104,7 @@ class RowParity:
             the state after the row; the first two are None where no network is called. The prediction is
             the network's own: where guidance makes one of two calls, it is both calls' together.
         free: Free-running, from this artifact's own state: the state after the row.
+        raw, x0, next, free: None also where a device wrote no such array.
         guided: Teacher-forced, the prediction after guidance of two calls; else None.
     """
 
@@ -111,8 +112,8 @@ class RowParity:
     timestep: float | None
     raw: Agreement | None
     x0: Agreement | None
-    next: Agreement
-    free: Agreement
+    next: Agreement | None
+    free: Agreement | None
     guided: Agreement | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class RowParity:
             "index": self.index,
             "timestep": self.timestep,
             "teacher_forced": {k: v.to_json() for k, v in forced.items() if v is not None},
-            "free_running": {"next": self.free.to_json()},
+            "free_running": {} if self.free is None else {"next": self.free.to_json()},
         }
 
 
@@ -183,7 +184,7 @@ class ArtifactParity:
     @property
     def worst_free(self) -> tuple[int, float] | None:
         """Row and dB SNR of the worst state, free-running."""
-        found = [(row.index, row.free.snr_db) for row in self.rows]
+        found = [(row.index, row.free.snr_db) for row in self.rows if row.free is not None]
         return min(found, key=lambda item: item[1], default=None)
 
     @property

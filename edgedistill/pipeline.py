@@ -37,8 +37,8 @@ class Runtime(Protocol):
     def open(self, path: Path, signature: Signature, options: Mapping[str, Any]) -> Session:
         """Open one network file and return a callable over arrays by name."""
 
-    def describe(self) -> str:
-        """Say in a few words what runs the network, such as ``"ONNX Runtime 1.31 (CPU)"``."""
+    def describe(self, options: Mapping[str, Any]) -> str:
+        """Say in a few words what runs a network under these options, such as ``"ONNX Runtime 1.31 (CPU)"``."""
 
 
 @dataclass(frozen=True)

@@ -83,20 +83,6 @@ def eps_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficien
     return 1 / (alpha + sigma), alpha / (alpha + sigma)
 
 
-def raw_coefficients(kind: PredictionType, alpha: Any, sigma: Any) -> Coefficients:
-    """Return (r_z, r_x0) of ``raw = r_z*z + r_x0*x0``; undefined at sigma = 0, except for ``sample``."""
-    if kind is PredictionType.EPSILON:
-        return 1 / sigma, -alpha / sigma
-    if kind is PredictionType.SAMPLE:
-        return 0.0, 1.0
-    if kind is PredictionType.V_PREDICTION:
-        return alpha / sigma, -1 / sigma
-    if kind is PredictionType.EDM:
-        scale = _edm_scale(alpha, sigma)
-        return -alpha * SIGMA_DATA / (sigma * scale), scale / (sigma * SIGMA_DATA)
-    return 1 / sigma, -(alpha + sigma) / sigma
-
-
 def boundary_coefficients(t: Any, timestep_scaling: float = 10.0) -> Coefficients:
     """Return (c_skip, c_out) of a consistency model's ``c_skip*z + c_out*x0``: (1, 0) at label t = 0.
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,11 +194,15 @@ class Golden:
             msg = f"None of the golden samples has {value:g} as `{condition}`; export the bundle anew."
             raise ContractError(msg)
         others = {name: held for name, held in self.conditions.items() if name != condition}
+        return replace(self, conditions=others).part(kept)
+
+    def part(self, which: Any) -> "Golden":
+        """Return some of the samples: a slice of them, or those where a mask (batch,) is true."""
         return Golden(
-            [bank[kept] for bank in self.noise],
-            {name: held[kept] for name, held in others.items()},
-            [{what: held[kept] for what, held in row.items()} for row in self.rows],
-            self.output[kept],
+            [bank[which] for bank in self.noise],
+            {name: held[which] for name, held in self.conditions.items()},
+            [{what: held[which] for what, held in row.items()} for row in self.rows],
+            self.output[which],
         )
 
     def pairs(self) -> Iterator[tuple[str, int, int]]:

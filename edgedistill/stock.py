@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgedistill.agreement import is_close
 from edgedistill.compiler import FAMILIES, compile_scheduler
 from edgedistill.errors import ConfigError
 from edgedistill.schedule import check_num_steps
@@ -23,7 +24,6 @@ WITH_CONTROLNETS = ("diffusers", "swift")
 """Those that have a pipeline with a ControlNet; Swift's is for Stable Diffusion 1 and 2."""
 SWIFT_SCHEDULER = "SwiftDPMSolverMultistepScheduler"
 SWIFT_SPACINGS = ("linspace", "leading", "karras")
-TOLERANCE = 1e-6  # of each coefficient, relative to it or to 1, whichever is larger
 
 GENAI_CLASSES = (
     "LCMScheduler",
@@ -122,13 +122,13 @@ def _differences(wanted: SamplerTable, found: SamplerTable) -> Iterator[str]:
         yield f"it takes {len(found.rows)} steps, and the table has {len(wanted.rows)}"
         return
     first, own = found.stages[0].init_noise[0], wanted.stages[0].init_noise[0]
-    if not _close(first, own):
+    if not is_close(first, own):
         yield f"it scales the first noise by {first:.6g}, and the table by {own:.6g}"
     for index, rows in enumerate(zip(wanted.rows, found.rows, strict=True)):
         ours, theirs = map(_numbers, rows)
         for name in {**theirs, **ours}:
             here, there = ours.get(name, 0.0), theirs.get(name, 0.0)
-            if not _close(here, there):
+            if not is_close(here, there):
                 yield f"at step {index} its {name} is {there:.6g}, and the table's {here:.6g}"
                 return
 
@@ -150,10 +150,6 @@ def _numbers(row: Row) -> dict[str, float]:
         "input scale": row.in_scale,
         **{f"{name} {i}": x for name, values in lists.items() for i, x in enumerate(values)},
     }
-
-
-def _close(found: float, expected: float) -> bool:
-    return abs(found - expected) <= TOLERANCE * max(1.0, abs(expected))
 
 
 def _genai_problems(

@@ -10,14 +10,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from edgedistill.agreement import is_close
 from edgedistill.compiler import compile_scheduler
 from edgedistill.errors import ConfigError
 from edgedistill.mixture import CallOptions
 from edgedistill.rows import BUILDERS
 from edgedistill.schedule import Schedule
 from edgedistill.table import Row, SamplerTable, Stage
-
-TOLERANCE = 1e-6  # of each coefficient, relative to it or to 1, whichever is larger
 
 
 def check(table: SamplerTable, source: str = "sampler table") -> None:
@@ -125,7 +124,7 @@ def _start_problems(
         image = stage.carry_scale
     allowed = [(first, None), (sigma, None)] if image is None else [(sigma, alpha)]
     found = stage.init_noise[0], image
-    if not any(all(map(_close, found, item)) for item in ([(0.0, 1.0)] if encodes else allowed)):
+    if not any(all(map(is_close, found, item)) for item in ([(0.0, 1.0)] if encodes else allowed)):
         also = "" if image is None else f" and the first image by {image}"
         wanted = "0 and 1" if encodes else first if image is None else f"{sigma} and {alpha}"
         yield f"the first noise is scaled by {found[0]}{also}, not {wanted}"
@@ -140,7 +139,7 @@ def _blend_problems(stage: Stage, schedule: Schedule) -> Iterator[str]:
         allowed = [schedule.alpha_sigma(s)] if type(s) is int else []
         allowed += [(1.0, 0.0)] if row is stage.rows[-1] else []
         found = row.blend.known, row.blend.noise
-        if not any(all(map(_close, found, item)) for item in allowed):
+        if not any(all(map(is_close, found, item)) for item in allowed):
             yield f"the row to s={s} blends {found}, not {' or '.join(map(str, allowed))}"
 
 
@@ -220,7 +219,7 @@ def _call_options(row: Row) -> CallOptions:
 def _differences(row: Row, wanted: Row) -> Iterator[str]:
     found, expected = _numbers(row), _numbers(wanted)
     for name in sorted(found.keys() | expected.keys()):
-        if not _close(found.get(name), expected.get(name)):
+        if not is_close(found.get(name), expected.get(name)):
             yield f"{name} is {found.get(name)}, and the annotations make it {expected.get(name)}"
     if row.call != wanted.call:
         yield f"it calls {list(row.call)}, and the annotations say {list(wanted.call)}"
@@ -242,12 +241,6 @@ def _numbers(row: Row) -> dict[str, float | None]:
         "in_scale": row.in_scale,
         "guidance_scale": row.guidance_scale,
     }
-
-
-def _close(found: float | None, expected: float | None) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    return abs(found - expected) <= TOLERANCE * max(1.0, abs(expected))
 
 
 def _number(value: Any) -> float:

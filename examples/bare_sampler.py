@@ -2,14 +2,16 @@
 
 python examples/bare_sampler.py BUNDLE onnxruntime|openvino grid.png [COUNT]
 
-It knows the rows of ``sampler.json`` and nothing else: one network, embedded or baked guidance, one
-stage, COUNT a multiple of the graph's batch. The samples are bit for bit those of ``edgedistill sample BUNDLE --runtime R -n COUNT``.
+It knows tables of one network in one stage, whose guidance is embedded or baked and whose conditions are
+classes; others are refused by name. COUNT is a multiple of the graph's batch. The samples are bit for bit
+those of ``edgedistill sample BUNDLE --runtime R -n COUNT``.
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,9 +32,23 @@ def open_network(path: Path, runtime: str) -> Callable[[Feeds], np.ndarray]:
     return lambda feeds: compiled(feeds)[0]
 
 
+def beyond(table: dict[str, Any]) -> Iterator[str]:
+    """Name what a table asks for and this file does not do; edgedistill/sampler.py does."""
+    yield from (key for key in ("router", "decoder") if table[key])
+    yield from (f"a {c['kind']} condition" for c in table["conditions"] if c["kind"] != "class")
+    if len(table["stages"]) > 1 or table["stages"][0]["init_image"]:
+        yield "several stages or a first image"
+    rows = [row for stage in table["stages"] for row in stage["rows"]]
+    if any(len(row["call"]) != 1 for row in rows):
+        yield "rows that call no network, or two"
+    yield from (key for key in ("guidance_scale", "blend") if any(row[key] for row in rows))
+
+
 def sample(bundle: Path, runtime: str, count: int) -> np.ndarray:
     """Return float32 samples (count, channels, height, width) of seeds 0, 1, 2, ..."""
     table = json.loads((bundle / "sampler.json").read_text())
+    if problems := ", ".join(beyond(table)):
+        sys.exit(f"{bundle}: beyond this example: {problems}.")
     held = json.loads((bundle / "edgedistill.json").read_text())["artifacts"].values()
     (file,) = next(item for item in held if item["runtime"] == runtime)["networks"].values()
     network = open_network(bundle / file["path"], runtime)
@@ -50,7 +66,7 @@ def sample(bundle: Path, runtime: str, count: int) -> np.ndarray:
         given[guidance["input"]] = np.full(count, guidance["default"] - 1, np.float32)
 
     coefficient, index = stage["init_noise"]
-    z = noise[index] * coefficient
+    z, earlier = noise[index] * coefficient, []  # estimates of x, the newest first
     for row in stage["rows"]:
         feeds = {name: np.full(count, value, np.float32) for name, value in row["feeds"].items()}
         feeds = {**given, **feeds, table["state_input"]: z * row["in_scale"]}
@@ -59,11 +75,15 @@ def sample(bundle: Path, runtime: str, count: int) -> np.ndarray:
         ]
         raw = np.concatenate([network(piece) for piece in pieces])
         x0 = z * row["x0"][0] + raw * row["x0"][1]
+        x0 = x0.clip(*row["clip"]) if row["clip"] else x0
         after = row["next"]
         z = z * after["z"] + x0 * after["x0"] + raw * after["raw"]
+        for factor, estimate in zip(after["previous"], earlier, strict=False):
+            z = z + estimate * factor
         if row["noise"] is not None:
             z = z + noise[row["noise"]] * after["noise"]
-    return z.clip(*table["clamp"])
+        earlier = [x0, *earlier]
+    return z.clip(*table["clamp"]) if table["clamp"] else z
 
 
 def sheet(samples: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 
 from bench_decoder_run import FILES, FREE, RUNTIMES
+from documents import listed, machine, paragraphs, put, table
 from edgedistill.agreement import finite_db, psnr_db, snr_db
 from edgedistill.environment import versions
 from edgedistill.files import read_json
@@ -36,8 +36,6 @@ from edgedistill.terminal import aligned
 from export.dialects import Dialect
 from export.to_onnx import write_onnx
 from export.to_openvino import write_openvino
-from quality import machine, put
-from quality_tables import WIDTH
 from quantize.config import Config, PtqConfig, WeightOnlyConfig
 from quantize.with_nncf import compress_nncf
 
@@ -56,7 +54,7 @@ UNITS = {
     "load_s": "load, s",
     "first_s": "first, s",
     "warm_s": "further, s",
-    "warm_cpu_s": "of processors, s",
+    "warm_cpu_s": "CPU s",
     "peak_mb": "peak, MB",
     "file_mb": "file, MB",
 }
@@ -210,13 +208,10 @@ def headers() -> list[str]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the figures for a document."""
-    packages = record["versions"]
-    named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
-    lines = [headers(), ["---", "---", *["---:"] * (len(headers()) - 2)], *rows_of(record)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    named = listed(PACKAGES, record["versions"])
     low, high = record["load"]
     head = f"One latent of {record['side']}x{record['side']} pixels; processes per way: {record['rounds']}, further pictures in each: {record['runs']}; {record['date']}, {record['machine']}, load average {low} to {high}; {named}."
-    return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n"
+    return f"{paragraphs(head)}\n\n{table(headers(), rows_of(record), 2)}\n"
 
 
 def main() -> int:

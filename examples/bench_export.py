@@ -16,12 +16,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from documents import listed, machine, paragraphs, put, table
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.environment import versions
 from edgedistill.errors import require
@@ -228,15 +228,10 @@ def rows_of(found: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the figures for a document."""
-    from quality_tables import WIDTH
-
-    packages = record["versions"]
-    named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
+    named = listed(PACKAGES, record["versions"])
     low, high = record["load"]
     head = f"{record['date']}, {record['machine']}, load average {low} to {high}; {named}."
-    lines = [HEADERS, ["---"] * 3 + ["---:"] * (len(UNITS) + 1), *rows_of(record["exports"])]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n"
+    return f"{paragraphs(head)}\n\n{table(HEADERS, rows_of(record['exports']), 3)}\n"
 
 
 def main() -> int:
@@ -253,8 +248,6 @@ def main() -> int:
         tool, component, form, folder, target = options.one
         TOOLS[tool](Path(folder), component, form, Path(target))
         return 0
-    from quality import machine, put
-
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         folder = options.folder or Path(place)

@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import torch
 
 import make_tiny_pipeline
+from documents import listed, machine, paragraphs, put, table
 from edgedistill.bundle import Bundle
 from edgedistill.environment import versions
 from edgedistill.files import read_json
@@ -37,8 +37,6 @@ from edgedistill.models import store
 from edgedistill.noise import noise_bank
 from edgedistill.teacher import ARCHITECTURES
 from edgedistill.terminal import aligned
-from quality import machine, put
-from quality_tables import WIDTH
 
 STEPS = 4
 SIZES = {"tiny": 16, "sd15": 512}  # sides of the image
@@ -57,8 +55,8 @@ UNITS = {
     "first_s": "start to first image, s",
     "load_s": "load, s",
     "warm_s": "further image, s",
-    "warm_cpu_s": "of processors, s",
-    "first_peak_mb": "peak then, MB",
+    "warm_cpu_s": "CPU s",
+    "first_peak_mb": "peak at first image, MB",
     "peak_mb": "peak, MB",
 }
 Figures = dict[str, dict[str, float]]
@@ -191,7 +189,7 @@ def rows_of(record: Mapping[str, Any]) -> list[list[str]]:
 
 def headers() -> list[str]:
     """Return the names of the columns."""
-    return ["engine", *UNITS.values(), "image apart, /255"]
+    return ["engine", *UNITS.values(), "largest difference, /255"]
 
 
 def told(record: Mapping[str, Any]) -> Iterator[str]:
@@ -203,14 +201,11 @@ def told(record: Mapping[str, Any]) -> Iterator[str]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the figures for a document."""
-    packages = record["versions"]
-    named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
-    lines = [headers(), ["---", *["---:"] * (len(headers()) - 1)], *rows_of(record)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    named = listed(PACKAGES, record["versions"])
     bars = "\n".join(f"- {line}" for line in told(record))
     low, high = record["load"]
     head = f"OpenVINO in {record['precision']}; processes per engine: {record['rounds']}, further images in each: {record['runs']}; {record['date']}, {record['machine']}, load average {low} to {high}; {named}."
-    return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n\n{bars}\n"
+    return f"{paragraphs(head)}\n\n{table(headers(), rows_of(record))}\n\n{bars}\n"
 
 
 def main() -> int:

@@ -2,9 +2,9 @@
 
 python examples/bench_single_graph.py BUNDLE [--runtime R ...] [--sampler NAME] [--runs 15] [--batch 1] [--json]
 
-BUNDLE holds both: `edgedistill export onnx -m STUDENT BUNDLE`, and the same with `--single-graph`. Both are
-fed the same noise and run in turn in one process, with one thread; medians of `--runs`, after two that do not
-count. Exit status 1 if the graph takes longer than the loop, beyond the noise of the medians.
+BUNDLE holds both: `edgedistill export onnx -m STUDENT BUNDLE`, and the same with `--single-graph`;
+`make bench-single-graph` makes one of the digits student. Both are fed the same noise and run in turn in one
+process, with one thread; medians of `--runs`, after two that do not count. Exit status 1 if the graph takes longer than the loop, beyond the noise of the medians.
 """
 
 import argparse

@@ -12,11 +12,11 @@ import argparse
 import datetime as dt
 import json
 import sys
-import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from documents import listed, machine, paragraphs, put, table
 from edgedistill.agreement import compare
 from edgedistill.bundle import Bundle
 from edgedistill.environment import versions
@@ -27,8 +27,6 @@ from edgedistill.sampler import RowTrace, run_table
 from edgedistill.tables import DEFAULT, golden_file
 from edgedistill.terminal import aligned
 from export.worker import in_child
-from quality import machine, put
-from quality_tables import WIDTH
 
 HEADERS = ["artifact", "one call, dB", "latents, dB", "image, dB", "at least", "peak GB", "wall s"]
 PACKAGES = ("torch", "onnxruntime", "openvino", "coremltools")
@@ -85,14 +83,11 @@ def rows_of(record: Mapping[str, Any]) -> list[list[str]]:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """Return the figures for a document."""
-    packages = record["versions"]
-    named = ", ".join(f"{name} {packages[name]}" for name in PACKAGES if packages.get(name))
+    named = listed(PACKAGES, record["versions"])
     head = (
         f"{record['name']}, {record['rows']} rows; {record['date']}, {record['machine']}; {named}."
     )
-    lines = [HEADERS, ["---", *["---:"] * (len(HEADERS) - 1)], *rows_of(record)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{textwrap.fill(head, WIDTH)}\n\n{table}\n"
+    return f"{paragraphs(head)}\n\n{table(HEADERS, rows_of(record))}\n"
 
 
 def main() -> int:

@@ -17,7 +17,6 @@ import json
 import logging
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from documents import listed, machine, paragraphs, put, table
 from edgedistill import cli
 from edgedistill.environment import versions
 from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.parity import FLOORS
 from edgedistill.tables import DEFAULT
 from edgedistill.terminal import aligned
-from quality import machine, put
-from quality_tables import WIDTH
 
 HEADERS = ("student", "artifact", "worst row dB", "samples dB", "worst gain", "verdict")
 SUMMARY = ("artifact", "passed", "worst row dB", "at least", "samples dB", "at least", "gain")
@@ -182,20 +180,19 @@ def run(words: list[str]) -> tuple[str, list[str]]:
 def document(lines: Sequence[Line], problems: Sequence[str], missing: Sequence[str]) -> str:
     """Return all tables as Markdown."""
     own = versions()
-    listed = ", ".join(f"{name} {own[name]}" for name in NAMED if name in own)
     ran = [line for line in lines if line.verdict != "skipped"]
     passed = sum(line.verdict == "ok" for line in ran)
     head = (
         f"Written by `make parity-students` on {dt.datetime.now(dt.UTC).date()}: {machine()}, one thread, Python "
-        f"{own['python']}, {listed}. {passed} of {len(ran)} lines reach their floors."
+        f"{own['python']}, {listed(NAMED, own)}. {passed} of {len(ran)} lines reach their floors."
     )
     if missing:
         head += f" **Not run yet**: {', '.join(missing)}."
-    parts = [textwrap.fill(text, WIDTH) for text in (head, TEXT)]
-    parts += ["## By artifact: the lowest of all students", markdown(SUMMARY, summary(ran), 1)]
+    parts = [paragraphs(head, TEXT)]
+    parts += ["## By artifact: the lowest of all students", table(SUMMARY, summary(ran))]
     if problems:
         parts += ["## Missed", "\n".join(f"- {problem}" for problem in problems)]
-    parts += ["## Every line", markdown(HEADERS, [line.cells for line in lines], 2)]
+    parts += ["## Every line", table(HEADERS, [line.cells for line in lines], 2)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -217,16 +214,6 @@ def summary(lines: Sequence[Line]) -> Iterator[list[str]]:
             f"{floor.image:g}",
             f"{min(gains):.3f} to {max(gains):.3f}" if gains else "-",
         ]
-
-
-def markdown(
-    headers: Sequence[str], rows: Iterator[list[str]] | list[list[str]], texts: int
-) -> str:
-    """Return a table whose first columns are texts."""
-    marks = "---|" * texts + "---:|" * (len(headers) - texts)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headers, *rows)).replace(
-        "\n", f"\n|{marks}\n", 1
-    )
 
 
 def worst_gain(gains: Any) -> float | None:

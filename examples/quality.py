@@ -12,28 +12,25 @@ import datetime as dt
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from documents import listed, machine, paragraphs, put
 from edgedistill.environment import versions
 from edgedistill.files import read_json, write_bytes, write_json
 from edgedistill.training.run import distill
 from quality_measures import BASELINES, MEASURES, Job, Line, baselines_of
 from quality_runs import RUNS, comparisons
-from quality_tables import WIDTH, document
+from quality_tables import document
 
-BEGIN, END = "<!-- written by examples/{} --docs -->\n", "<!-- end of what it wrote -->\n"
 NAMED = ("torch", "diffusers", "numpy", "scikit-learn")  # versions that figures depend on
-CPU_INFO = Path("/proc/cpuinfo")
 Task = tuple[str, int]  # name of a run, seed
 
 
@@ -80,7 +77,7 @@ def main() -> int:
     text = document(found, baselines, head(missing, problems))
     write_bytes(options.output / "quality.md", text.encode())
     if options.docs:
-        put(text, options.docs)
+        put(text, options.docs, Path(__file__).name)
     print(json.dumps(record, indent=1) if options.json else text)
     for problem in problems:
         print(f"missed: {problem}", file=sys.stderr)
@@ -148,10 +145,9 @@ def work(name: str, seed: int, output: Path) -> None:
 def head(missing: Sequence[Task], problems: Sequence[str]) -> str:
     """Return the document's first paragraphs: machine, date, versions, what is missing, what misses a bar."""
     own = versions()
-    listed = ", ".join(f"{name} {own[name]}" for name in NAMED if name in own)
     first = (
         f"Written by `make quality` on {dt.datetime.now(dt.UTC).date()}: {machine()}, one torch thread per training, "
-        f"Python {own['python']}, {listed}. It goes on where it was broken off."
+        f"Python {own['python']}, {listed(NAMED, own)}. A run that was interrupted resumes."
     )
     seeds: dict[str, list[str]] = {}
     for name, seed in missing:
@@ -159,25 +155,7 @@ def head(missing: Sequence[Task], problems: Sequence[str]) -> str:
     told = "; ".join(f"{name} (seed {', '.join(numbers)})" for name, numbers in seeds.items())
     second = f"**Not run yet**: {told}." if missing else "Nothing is missing."
     third = "Bars that are missed: " + ("; ".join(problems) if problems else "none") + "."
-    return "\n\n".join(textwrap.fill(text, WIDTH) for text in (first, f"{second} {third}"))
-
-
-def machine() -> str:
-    """Return the number and kind of processors."""
-    lines: Iterator[str] = iter(CPU_INFO.read_text().splitlines() if CPU_INFO.exists() else ())
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{os.cpu_count()} cores, {next(models, platform.processor() or platform.machine())}"
-
-
-def put(text: str, path: Path, script: str = "quality.py") -> None:
-    """Replace what stands between a script's markers in a file."""
-    begin = BEGIN.format(script)
-    before, begun, rest = path.read_text().partition(begin)
-    _, ended, after = rest.partition(END)
-    if not begun or not ended:
-        msg = f"{path}: lacks the lines {begin.strip()} and {END.strip()}."
-        raise SystemExit(msg)
-    write_bytes(path, f"{before}{begun}\n{text}\n{ended}{after}".encode())
+    return paragraphs(first, f"{second} {third}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The document of `quality.py`: one section of Markdown for each kind of measurement."""
 
-import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from documents import paragraphs, table
 from edgedistill.evaluation.baselines import Baselines
 from quality_measures import PLAIN_STEPS, Line
 from quality_runs import ASKED, RUNS, STUDENTS, TOTALS
@@ -13,7 +13,6 @@ COLUMNS = (
     "student | seed | evaluations | parameters | Frechet | / naive | / teacher | error / naive | "
     "recall | diversity | memorised | accuracy | CPU s"
 )
-WIDTH = 140
 Rows = Iterator[Sequence[str]]
 
 
@@ -50,18 +49,9 @@ def document(lines: Sequence[Line], baselines: Mapping[str, Baselines], head: st
         if own:
             title = f"## {section.title}\n\n" if section.title else ""
             rows = section.rows(own, baselines.get(name))
-            parts.append(
-                f"{title}{textwrap.fill(section.text, WIDTH)}\n\n{markdown(section, rows)}"
-            )
+            cells = table(section.columns.split(" | "), rows, section.texts)
+            parts.append(f"{title}{paragraphs(section.text)}\n\n{cells}")
     return "\n\n".join(parts) + "\n"
-
-
-def markdown(section: Section, rows: Iterable[Sequence[str]]) -> str:
-    """Return a section's table."""
-    numbers = section.columns.count("|") + 1 - section.texts
-    text = [f"| {section.columns} |", "|" + "---|" * section.texts + "---:|" * numbers]
-    text += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(text)
 
 
 def student_rows(lines: Sequence[Line], baselines: Baselines | None) -> Rows:

@@ -7,43 +7,36 @@ the same kind of processor::
     python examples/train_captioned_digits_teacher.py --check         # train again, compare with the packaged files
 """
 
-import argparse
 import itertools
-import math
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
+from diffusers import UNet2DConditionModel
 from tokenizers import Tokenizer as Words
 from tokenizers import normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from edgedistill.data.captions import NAMES, TEMPLATES, caption
 from edgedistill.data.digits import load_digits
 from edgedistill.evaluation.report import Evaluator
-from edgedistill.files import sha256, write_bytes, write_json
+from edgedistill.files import write_bytes, write_json
 from edgedistill.models import store
 from edgedistill.models.parts import PROMPTS
 from edgedistill.models.text import TextEncoder
 from edgedistill.teacher import PACKAGED, Teacher
 from edgedistill.text import Tokenizer
+from teachers import BATCH, build_scheduler, fit, run, stratified_times, write_scheduler
 
 SHIPPED = PACKAGED["captioned_digits"]
 LENGTH, DIM = 12, 32  # tokens per prompt, numbers per token
 PAD, UNKNOWN, START, END = "[PAD]", "[UNK]", "[START]", "[END]"
-BATCH = 128
-PEAK_LR, LAST_LR, WARM_UP = 2e-3, 1e-5, 50
 CAPTION_DROP = 0.12
-EMA_DECAY = 0.995
 
 
 def build_words() -> Words:
@@ -96,25 +89,6 @@ def build_network() -> UNet2DConditionModel:
     )
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Return the cosine schedule with v-prediction, sampled from the very last timestep on."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        clip_sample=False,
-    )
-
-
-def learning_rate(step: int, steps: int) -> float:
-    """Rise over `WARM_UP` steps, then fall along a cosine."""
-    if step < WARM_UP:
-        return PEAK_LR * (step + 1) / WARM_UP
-    progress = (step - WARM_UP) / max(1, steps - WARM_UP)
-    return LAST_LR + (PEAK_LR - LAST_LR) * (1 + math.cos(math.pi * progress)) / 2
-
-
 class Prompts:
     """Token numbers of every training caption, and of the empty one."""
 
@@ -131,48 +105,30 @@ class Prompts:
         return self._tokens[(labels * self._count + templates).masked_fill(dropped, -1)]
 
 
-def batches(
-    scheduler: DDIMScheduler, prompts: Prompts, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield states, stratified times, token numbers and the velocities to be learnt, without end."""
-    draw = torch.Generator().manual_seed(seed)
-    data = load_digits()
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    while True:
-        chosen = torch.randint(len(images), (BATCH,), generator=draw)
-        x = images[chosen]
-        noise = torch.randn(x.shape, generator=draw)
-        strata = (torch.arange(BATCH) + torch.rand(BATCH, generator=draw)) / BATCH
-        t = (strata * scheduler.config.num_train_timesteps).long()
-        tokens = prompts.draw(labels[chosen], draw)
-        z, v = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
-        yield z, t, tokens, v
-
-
 def train(words: Words, steps: int, seed: int) -> tuple[UNet2DConditionModel, TextEncoder]:
     """Train and return network and text encoder with their averaged weights."""
     torch.manual_seed(seed)
     network, encoder = build_network().train(), build_text_encoder(words).train()
     parameters = [*network.parameters(), *encoder.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=PEAK_LR, betas=(0.9, 0.99))
-    average = EMAModel(parameters, decay=EMA_DECAY)
-    source = batches(build_scheduler(), Prompts(words), seed)
-    bar = tqdm(range(steps), desc="text teacher", disable=None)
-    for step in bar:
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps)
-        z, t, tokens, v = next(source)
-        text, _ = encoder(tokens)
-        inputs = {"sample": z, "timestep": t, "encoder_hidden_states": text}
-        loss = functional.mse_loss(store.call(network, inputs), v)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        average.step(parameters)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    average.copy_to(parameters)
+    fit(parameters, losses(network, encoder, Prompts(words), seed), steps)
     return network.eval(), encoder.eval()
+
+
+def losses(
+    network: nn.Module, encoder: TextEncoder, prompts: Prompts, seed: int
+) -> Iterator[Tensor]:
+    """Yield the mean squared error in v on random images, noise, captions and stratified times, without end."""
+    draw, scheduler, data = torch.Generator().manual_seed(seed), build_scheduler(), load_digits()
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    while True:
+        chosen = torch.randint(len(images), (BATCH,), generator=draw)
+        x = images[chosen]
+        noise = torch.randn(x.shape, generator=draw)
+        t = stratified_times(scheduler, draw)
+        text, _ = encoder(prompts.draw(labels[chosen], draw))
+        z, v = scheduler.add_noise(x, noise, t), scheduler.get_velocity(x, noise, t)
+        inputs = {"sample": z, "timestep": t, "encoder_hidden_states": text}
+        yield functional.mse_loss(store.call(network, inputs), v)
 
 
 def write(network: nn.Module, encoder: TextEncoder, words: Words, folder: Path) -> None:
@@ -185,24 +141,7 @@ def write(network: nn.Module, encoder: TextEncoder, words: Words, folder: Path) 
     write_json(folder / "tokenizer" / "tokenizer_config.json", {**kind, **special})
     examples = [caption(digit, 0) for digit in range(len(NAMES))]
     write_bytes(folder / PROMPTS, "".join(f"{text}\n" for text in examples).encode())
-    config = {k: v for k, v in build_scheduler().config.items() if not k.startswith("_")}
-    write_json(
-        folder / "scheduler" / "scheduler_config.json", {"_class_name": "DDIMScheduler", **config}
-    )
-
-
-def check(made: Path) -> int:
-    """Compare a folder with the packaged one, byte for byte; return the exit status."""
-    names = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
-    different = [str(name) for name in names if sha256(made / name) != sha256(SHIPPED / name)]
-    if different:
-        print(
-            f"Not the packaged bytes: {', '.join(different)}. Another version of torch, diffusers or transformers, "
-            f"or another kind of processor, may round differently; this is torch {torch.__version__}."
-        )
-        return 1
-    print("The packaged text teacher, byte for byte.")
-    return 0
+    write_scheduler(folder)
 
 
 def print_figures(folder: Path) -> None:
@@ -222,23 +161,15 @@ def print_figures(folder: Path) -> None:
 
 def main() -> int:
     """Train, then write and measure, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("-o", "--output", type=Path, help="folder to write")
-    what.add_argument("--check", action="store_true", help="compare with the packaged files")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums over several threads may differ in the last bit
     words = build_words()
-    made = train(words, arguments.steps, arguments.seed)
-    if arguments.check:
-        with tempfile.TemporaryDirectory() as folder:
-            write(*made, words, Path(folder))
-            return check(Path(folder))
-    write(*made, words, arguments.output)
-    print_figures(arguments.output)
-    return 0
+    return run(
+        __doc__.split("\n", maxsplit=1)[0],
+        600,
+        SHIPPED,
+        lambda steps, seed: train(words, steps, seed),
+        lambda made, folder: write(*made, words, folder),
+        print_figures,
+    )
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "--steps",
         metavar="N",
         type=positive,
-        help="of its sampler (default: 4)",
+        help="number of sampler steps (default: 4)",
     )
     pipeline.add_argument(
         "--scheduler",
@@ -128,15 +128,20 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         "--controlnet-conditioning-scale",
         metavar="S",
         type=float,
-        help="of the ControlNet, written into its weights (default: 1)",
+        help="how strongly the ControlNet acts, written into its weights (default: 1)",
     )
     pipeline.add_argument(
         "--variant",
         metavar="NAME",
         help="weights to take where a network has several, such as fp16 (default: the plain ones, else the only ones)",
     )
-    pipeline.add_argument("--height", metavar="H", type=positive, help="of images (default: its)")
-    pipeline.add_argument("--width", metavar="W", type=positive, help="of images (default: its)")
+    for side in ("height", "width"):
+        pipeline.add_argument(
+            f"--{side}",
+            metavar=side[0].upper(),
+            type=positive,
+            help=f"image {side} (default: the pipeline's)",
+        )
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -148,7 +153,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         default=[],
-        help="those to write, such as unet or vae_decoder; others may join later (default: all)",
+        help="networks to write, such as unet or vae_decoder; others may join later (default: all)",
     )
     graph = parser.add_argument_group("one graph")
     graph.add_argument(
@@ -156,7 +161,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="unroll the sampler: noise and conditions in, image out, weights stored once",
     )
-    graph.add_argument("--sampler", metavar="NAME", help="which one (default: the student's first)")
+    graph.add_argument(
+        "--sampler", metavar="NAME", help="sampler to unroll (default: the student's first)"
+    )
     graph.add_argument(
         "--text-embeddings",
         action="store_true",
@@ -184,7 +191,11 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
     batch = parser.add_mutually_exclusive_group()
     batch.add_argument(
-        "--batch-size", metavar="N", type=int, default=1, help="of the graphs (default: 1)"
+        "--batch-size",
+        metavar="N",
+        type=int,
+        default=1,
+        help="batch size of the graphs (default: 1)",
     )
     if may_be_free:
         batch.add_argument(
@@ -197,13 +208,16 @@ def _add_batch(parser: argparse.ArgumentParser, *, may_be_free: bool) -> None:
 def _add_precision(parser: argparse.ArgumentParser, precisions: tuple[str, ...]) -> None:
     short = ", ".join(f"fp{name.removeprefix('float')}" for name in precisions)
     parser.add_argument(
-        "--dtype", choices=list(_DTYPES), metavar="D", help=f"{short} (default: all of these)"
+        "--dtype",
+        choices=list(_DTYPES),
+        metavar="D",
+        help=f"{short} (default: all of these; in a single root only the first)",
     )
 
 
 def _add_onnx(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--opset", metavar="N", type=int, help="of ONNX (default: 17; 20 with --dynamo)"
+        "--opset", metavar="N", type=int, help="ONNX opset (default: 17; 20 with --dynamo)"
     )
     parser.add_argument(
         "--dynamo", action="store_true", help="newer ONNX exporter: half the nodes, 20x the time"

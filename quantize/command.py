@@ -46,13 +46,17 @@ def register(commands: Any) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
     add_target(parser, "SMALLER")
     _add_ways(parser)
-    parser.add_argument("--only", metavar="FORMATS", help="such as onnx,openvino (default: all)")
+    parser.add_argument(
+        "--only",
+        metavar="FORMATS",
+        help="formats to make smaller, such as onnx,openvino (default: all)",
+    )
     parser.add_argument(
         "--networks",
         metavar="NAME",
         nargs="+",
         default=[],
-        help="those to make smaller, such as vae_decoder; the others stay as they are (default: all)",
+        help="networks to make smaller, such as vae_decoder; others stay as they are (default: all)",
     )
     add_json(parser)
     parser.set_defaults(run=_run)
@@ -60,7 +64,9 @@ def register(commands: Any) -> None:
 
 def _add_ways(parser: argparse.ArgumentParser) -> None:
     weights = parser.add_argument_group("weights alone")
-    weights.add_argument("--weight-format", metavar="F", help="int8; palette6, palette4 (Core ML)")
+    weights.add_argument(
+        "--weight-format", metavar="F", help="one of int8; palette6, palette4 (Core ML alone)"
+    )
     weights.add_argument(
         "--quantize-nbits",
         metavar="N",
@@ -72,7 +78,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
         "--quant-mode",
         "--act-precision",
         metavar="M",
-        help="int8",
+        help="int8, the only one (ONNX, OpenVINO)",
     )
     both.add_argument(
         "--num-samples",

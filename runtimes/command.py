@@ -9,39 +9,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.arguments import add_command, add_json, positive
+from edgedistill.arguments import add_command
 from edgedistill.errors import ConfigError
 from edgedistill.tables import DEFAULT
+
+from .arguments import (
+    PARITY_EPILOG,
+    SAMPLE_EPILOG,
+    SHEET_WIDTH,
+    add_parity,
+    add_sample,
+    check_outputs,
+    runtime_options,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from edgedistill.pipeline import Pipeline
     from edgedistill.tiling import Tiling
-
-_SHEET_WIDTH = 256
-_SAMPLE_EPILOG = """\
-examples:
-  edgedistill sample demo/bundle --runtime onnxruntime --seed 0 -n 16 -o grid.png
-  edgedistill sample demo/bundle --runtime openvino --class 3 1 4 -o pi.png
-  edgedistill sample demo/compressed --artifact onnx-int8 -n 100 --columns 10 --npy arrays.npy -o grid.png
-  edgedistill sample demo/bundle --class 8 --image three.png --strength 0.6 -o eight.png
-
-Sample i is made from seed + i alone: neither -n nor the runtime changes its noise.
---class and --prompt take one, or several that take turns; left out, all classes or examples take turns.
---image is edited: with --strength as a whole, with --mask where the mask is white.
---vae-tiling needs a decoder of free sizes, such as `export onnx ... --dynamic` writes of a pipeline.
-"""
-_PARITY_EPILOG = """\
-examples:
-  edgedistill parity demo/bundle
-  edgedistill parity demo/bundle --runtime openvino --report parity.html
-  edgedistill parity demo/bundle demo/compressed --json > parity.json
-
-Several bundles of one student land in one report. A runtime that is not installed is skipped and
-named, unless --runtime asks for it.
-Exit status: 0 every artifact reaches its floors, 1 one does not, 2 bad input.
-"""
 
 
 def register_sample(commands: Any) -> None:
@@ -51,46 +37,9 @@ def register_sample(commands: Any) -> None:
         "sample",
         "sample from a bundle on any runtime",
         "Sample from a bundle and write one sheet of all samples as PNG.",
-        _SAMPLE_EPILOG,
+        SAMPLE_EPILOG,
     )
-    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
-    parser.add_argument(
-        "--runtime",
-        metavar="R",
-        help="torch, onnxruntime, openvino, coreml (default: the first that is installed)",
-    )
-    parser.add_argument("--artifact", metavar="NAME", help="default: the first of the runtime")
-    parser.add_argument("-o", "--output", metavar="PNG", type=Path, required=True, help="the sheet")
-    parser.add_argument("-n", "--num-samples", metavar="N", type=positive, help="default: 16")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the first sample (default: 0)")
-    parser.add_argument(
-        "--class", "--class-labels", dest="labels", metavar="K", type=int, nargs="+", help="classes"
-    )
-    parser.add_argument("--prompt", metavar="TEXT", nargs="+", help="prompts")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--guidance-scale", metavar="G", type=float, help="1 is no guidance")
-    parser.add_argument("--sampler", metavar="NAME", help="of the bundle (default: its first)")
-    parser.add_argument("--image", metavar="FILE", type=Path, help="what is edited")
-    parser.add_argument("--strength", metavar="S", type=float, help="0 to 1: how far to go from it")
-    parser.add_argument("--mask", metavar="FILE", type=Path, help="white: drawn anew; black: kept")
-    parser.add_argument(
-        "--low-memory", action="store_true", help="open one network after another, keep none"
-    )
-    parser.add_argument(
-        "--vae-tiling",
-        metavar="N",
-        nargs="?",
-        const=True,
-        type=positive,
-        help="decode latents in tiles of NxN of their pixels, for less memory (N: 32)",
-    )
-    parser.add_argument(
-        "--vae-tile-overlap", metavar="N", type=int, help="that tiles share (default: a quarter)"
-    )
-    parser.add_argument("--columns", metavar="N", type=positive, help="of the sheet")
-    parser.add_argument("--scale", metavar="N", type=positive, help="enlarge each pixel N times")
-    parser.add_argument("--npy", metavar="FILE", type=Path, help="also write the float32 arrays")
-    _add_shared(parser)
+    add_sample(parser)
     parser.set_defaults(run=_sample)
 
 
@@ -101,28 +50,10 @@ def register_parity(commands: Any) -> None:
         "parity",
         "prove that every artifact still is the PyTorch model",
         "Compare every artifact of a bundle with PyTorch on the same noise, row by row and as a whole.",
-        _PARITY_EPILOG,
+        PARITY_EPILOG,
     )
-    parser.add_argument(
-        "bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders that hold one student"
-    )
-    parser.add_argument("--runtime", metavar="R", nargs="+", default=[], help="default: all")
-    parser.add_argument("--artifact", metavar="NAME", nargs="+", default=[], help="default: all")
-    parser.add_argument("--report", metavar="HTML", type=Path, help="also write a page")
-    parser.add_argument(
-        "--compiled",
-        action="store_const",
-        const=True,
-        help="of --runtime coreml, on a Mac: what coreml/compile_on_mac.sh compiled, in place of the packages",
-    )
-    _add_shared(parser)
+    add_parity(parser)
     parser.set_defaults(run=_parity)
-
-
-def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", metavar="D", help="handed to the runtime, such as CPU or GPU")
-    parser.add_argument("--threads", metavar="N", type=positive, help="handed to the runtime")
-    add_json(parser)
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -140,7 +71,7 @@ def _sample(options: argparse.Namespace) -> int:
         options.artifact,
         low_memory=options.low_memory,
         vae_tiling=_tiling(options),
-        **_runtime_options(options),
+        **runtime_options(options),
     )
     count = options.num_samples or len(options.labels or options.prompt or []) or 16
     samples = pipeline(
@@ -174,7 +105,7 @@ def _tell_sample(
         "seed": options.seed,
         "artifact": pipeline.artifact.name,
         "runtime": pipeline.artifact.runtime,
-        "described": pipeline.runtime.describe(),
+        "described": pipeline.runtime.describe(runtime_options(options)),
         "sampler": sampler,
         "nfe": pipeline.bundle.samplers[sampler].nfe,
         "seconds": round(seconds, 4),
@@ -193,17 +124,30 @@ def _tell_sample(
 def _parity(options: argparse.Namespace) -> int:
     if options.report is not None:
         _check_target(options.report, ".html")
+    check_outputs(options)
     from edgedistill.bundle import Bundle
 
-    from .verify import verify
+    bundles = [Bundle.open(path) for path in options.bundles]
+    if options.outputs is not None:
+        from .outputs import verify_outputs
 
-    report = verify(
-        [Bundle.open(path) for path in options.bundles],
-        runtimes=options.runtime,
-        artifacts=options.artifact,
-        options=_runtime_options(options),
-        progress=_bar,
-    )
+        report = verify_outputs(
+            bundles[0],
+            options.outputs,
+            precision=options.precision,
+            artifact=next(iter(options.artifact), None),
+            sampler=options.sampler,
+        )
+    else:
+        from .verify import verify
+
+        report = verify(
+            bundles,
+            runtimes=options.runtime,
+            artifacts=options.artifact,
+            options=runtime_options(options),
+            progress=_bar,
+        )
     if options.report is not None:
         from edgedistill.files import write_bytes
 
@@ -235,12 +179,6 @@ def _bar(items: Sequence[Any]) -> Iterable[Any]:
         for item in bar:
             bar.set_description(item[1].name)
             yield item
-
-
-def _runtime_options(options: argparse.Namespace) -> dict[str, Any]:
-    compiled = getattr(options, "compiled", None)  # of `parity` alone
-    given = {"device": options.device, "threads": options.threads, "compiled": compiled}
-    return {name: value for name, value in given.items() if value is not None}
 
 
 def _tiling(options: argparse.Namespace) -> "Tiling | None":
@@ -292,9 +230,9 @@ def _open_picture(path: Path) -> "Image":
 
 
 def _scale(array: Any, columns: int | None) -> int:
-    """Return the factor that makes the sheet about `_SHEET_WIDTH` pixels wide or wider."""
+    """Return the factor that makes the sheet about `SHEET_WIDTH` pixels wide or wider."""
     columns = columns or -(-(len(array) ** 0.5) // 1)
-    return max(1, int(-(-_SHEET_WIDTH // (columns * array.shape[3]))))
+    return max(1, int(-(-SHEET_WIDTH // (columns * array.shape[3]))))
 
 
 def _save_npy(array: Any, path: Path) -> None:
@@ -328,10 +266,3 @@ def _check_target(path: Path, suffix: str) -> None:
     if problem is not None:
         msg = f"{path}: {problem}."
         raise ConfigError(msg)
-
-
-def _seed(value: str) -> int:
-    if not value.isdigit() or int(value) >= 2**127:
-        msg = f"must be a whole number from 0 to 2**127 - 1, got {value!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(value)

@@ -36,6 +36,23 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         ContractError: If the program uses an op that the evaluator does not know.
         MissingDependencyError: If coremltools or torch is not installed.
     """
+    device, threads, compiled = _chosen(options)
+    if device == REFERENCE:
+        return _open_reference(path, signature, threads)
+    return _open_core_ml(path, signature, COMPUTE_UNITS[device], compiled=compiled)
+
+
+def describe(options: Mapping[str, Any]) -> str:
+    """Say what runs a network under these options: Core ML on which units, or the evaluator."""
+    device, _, compiled = _chosen(options)
+    if device == REFERENCE:
+        return "Core ML reference evaluator (not the Neural Engine)"
+    what = ", compiled models" if compiled else ""
+    return f"Core ML (macOS {platform.mac_ver()[0]}, {COMPUTE_UNITS[device]}{what})"
+
+
+def _chosen(options: Mapping[str, Any]) -> tuple[str, int, bool]:
+    """Return device, threads, and whether what was compiled is run."""
     devices = [*COMPUTE_UNITS, REFERENCE] if _on_macos() else [REFERENCE]
     chosen = accept("coreml", options, device=devices[0], threads=1, compiled=False)
     device = str(chosen["device"]).lower()
@@ -43,19 +60,11 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         why = "" if _on_macos() else ", for Core ML itself is on macOS only"
         msg = f"Runtime 'coreml' has no device {device!r} here; choose one of {', '.join(devices)}{why}."
         raise ConfigError(msg)
-    if device == REFERENCE and not chosen["compiled"]:
-        return _open_reference(path, signature, int(chosen["threads"]))
-    if device == REFERENCE:
+    compiled = bool(chosen["compiled"])
+    if compiled and device == REFERENCE:
         msg = "A compiled model is run by Core ML itself, on macOS only; leave --compiled out, or choose another --device there."
         raise ConfigError(msg)
-    return _open_core_ml(path, signature, COMPUTE_UNITS[device], compiled=bool(chosen["compiled"]))
-
-
-def describe() -> str:
-    """Say what runs the network."""
-    if _on_macos():
-        return f"Core ML (macOS {platform.mac_ver()[0]})"
-    return "Core ML reference evaluator (not the Neural Engine)"
+    return device, int(chosen["threads"]), compiled
 
 
 def _on_macos() -> bool:

@@ -36,7 +36,7 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         MissingDependencyError: If onnxruntime is not installed.
     """
     ort = require_silent("onnxruntime", "onnx")
-    chosen = accept("onnxruntime", options, device="cpu", provider=None, threads=0)
+    chosen = _chosen(options)
     provider = _provider(ort, chosen)
     settings = ort.SessionOptions()
     settings.log_severity_level = _FATAL
@@ -56,9 +56,15 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     return run
 
 
-def describe() -> str:
-    """Say what runs the network."""
-    return f"ONNX Runtime {require_silent('onnxruntime', 'onnx').__version__}"
+def describe(options: Mapping[str, Any]) -> str:
+    """Say what runs a network under these options: version and execution provider."""
+    ort = require_silent("onnxruntime", "onnx")
+    provider = _provider(ort, _chosen(options)).removesuffix("ExecutionProvider")
+    return f"ONNX Runtime {ort.__version__} ({provider})"
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    return accept("onnxruntime", options, device="cpu", provider=None, threads=0)
 
 
 def _provider(ort: Any, chosen: Mapping[str, Any]) -> str:

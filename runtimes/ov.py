@@ -34,9 +34,9 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         MissingDependencyError: If openvino is not installed.
     """
     ov = require_silent("openvino", "openvino")
-    chosen = accept("openvino", options, device="CPU", precision="f32", threads=0)
+    chosen = _chosen(options)
     core = ov.Core()
-    device = _device(core, str(chosen["device"]).upper())
+    device = _device(core, chosen["device"])
     compiled = _Compiled(ov, core, path, device, _settings(chosen))
     model = compiled.read()
     outputs = [port.get_any_name() for port in model.outputs]
@@ -104,10 +104,21 @@ class _Compiled:
             raise BundleError(msg) from error
 
 
-def describe() -> str:
-    """Say what runs the network."""
+def describe(options: Mapping[str, Any]) -> str:
+    """Say what runs a network under these options: version, device and precision of the arithmetic."""
     version: str = require_silent("openvino", "openvino").__version__
-    return f"OpenVINO {version.split('-', maxsplit=1)[0]}"
+    chosen = _chosen(options)
+    return (
+        f"OpenVINO {version.split('-', maxsplit=1)[0]} ({chosen['device']}, {chosen['precision']})"
+    )
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = accept("openvino", options, device="CPU", precision="f32", threads=0)
+    if (precision := chosen["precision"]) not in PRECISIONS:
+        msg = f"OpenVINO's `precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}."
+        raise ConfigError(msg)
+    return {**chosen, "device": str(chosen["device"]).upper()}
 
 
 def _device(core: Any, device: str) -> str:
@@ -122,9 +133,6 @@ def _device(core: Any, device: str) -> str:
 
 def _settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
     precision = chosen["precision"]
-    if precision not in PRECISIONS:
-        msg = f"OpenVINO's `precision` must be one of {', '.join(PRECISIONS)}, got {precision!r}."
-        raise ConfigError(msg)
     settings = {} if precision == "auto" else {"INFERENCE_PRECISION_HINT": precision}
     if chosen["threads"]:
         settings["INFERENCE_NUM_THREADS"] = int(chosen["threads"])

@@ -7,7 +7,7 @@ import numpy as np
 
 from edgedistill import images, page
 from edgedistill.page import Html
-from edgedistill.parity import ParityReport, RowParity, floor_of
+from edgedistill.parity import ArtifactParity, ParityReport, RowParity, floor_of
 from edgedistill.plot import line_plot
 from edgedistill.tables import DEFAULT
 
@@ -60,7 +60,7 @@ def summary(report: ParityReport) -> Html:
 
 
 def rows(report: ParityReport) -> Html:
-    """Return the per-row plots of the default sampler, teacher-forced and free-running."""
+    """Return the per-row plots of one sampler, teacher-forced and free-running."""
     return page.section(
         "Row by row",
         page.paragraph(
@@ -74,12 +74,12 @@ def rows(report: ParityReport) -> Html:
 
 
 def samples(report: ParityReport) -> Html:
-    """Return grids of the default sampler side by side, and under each its difference from the reference."""
+    """Return grids of one sampler side by side, and under each its difference from the reference."""
     if report.reference is None:
         return Html("")
     figures = [_grid(report.reference[:_SHOWN], report, "PyTorch, the reference", "")]
-    for item in report.artifacts:
-        if item.output is not None and item.reference is not None and item.sampler == DEFAULT:
+    for item in _of_one_sampler(report):
+        if item.output is not None and item.reference is not None:
             reference, shown = item.reference[:_SHOWN], item.output[:_SHOWN]
             note = f"{decibel(item.image.snr_db if item.image else None)} dB SNR"
             grids = _grid(shown, report, item.name, note)
@@ -140,6 +140,13 @@ def environment(versions: Mapping[str, str]) -> Html:
     )
 
 
+def _of_one_sampler(report: ParityReport) -> list[ArtifactParity]:
+    """Return what ran the default sampler; where nothing did, what ran the same as the first."""
+    names = [item.sampler for item in report.artifacts]
+    shown = DEFAULT if DEFAULT in names else names[0]
+    return [item for item in report.artifacts if item.sampler == shown]
+
+
 def _verdict(report: ParityReport) -> Html:
     counts = {word: sum(i.verdict == word for i in report.artifacts) for word in _MOODS}
     run = counts["ok"] + counts["failed"]
@@ -156,7 +163,7 @@ def _plot(
     measure: Callable[[RowParity], float | None],
     floor: Callable[[str], float],
 ) -> Html:
-    shown = [item for item in report.artifacts if item.rows and item.sampler == DEFAULT]
+    shown = [item for item in _of_one_sampler(report) if item.rows]
     ticks = [] if not shown else [_tick(row) for row in shown[0].rows]
     # Several precisions may share a floor: one line, all names.
     names: dict[float, list[str]] = {}
@@ -179,8 +186,8 @@ def _forced_db(row: RowParity) -> float | None:
     return row.raw.snr_db if row.raw else None
 
 
-def _free_db(row: RowParity) -> float:
-    return row.free.snr_db
+def _free_db(row: RowParity) -> float | None:
+    return row.free.snr_db if row.free else None
 
 
 def _grid(arrays: np.ndarray, report: ParityReport, title: str, note: str) -> Html:
@@ -216,8 +223,8 @@ def _row_cells(row: RowParity) -> list[str]:
         decibel(raw.snr_db if raw else None),
         decibel(guided.snr_db if guided else None),
         decibel(x0.snr_db if x0 else None),
-        decibel(row.next.snr_db),
-        decibel(row.free.snr_db),
+        decibel(row.next.snr_db if row.next else None),
+        decibel(_free_db(row)),
         f"{raw.max_abs:.2g}" if raw else "-",
-        f"{row.free.max_abs:.2g}",
+        f"{row.free.max_abs:.2g}" if row.free else "-",
     ]

@@ -3,6 +3,8 @@
 from edgedistill.agreement import FAINT
 from edgedistill.parity import ArtifactParity, Floor, ParityReport
 
+DEVICE = "device"
+"""In the place of a runtime's name, where an app wrote arrays by itself."""
 HEADERS = (
     "artifact",
     "verdict",
@@ -35,7 +37,7 @@ def cells(item: ArtifactParity) -> list[str]:
         item.verdict,
         item.runtime,
         item.precision,
-        f"{item.size / 1e6:.3f}",
+        f"{item.size / 1e6:.3f}" if item.size else "-",
         _worst(item.worst_forced),
         _worst(item.worst_free),
         decibel(image.snr_db if image else None),
@@ -48,14 +50,20 @@ def cells(item: ArtifactParity) -> list[str]:
 
 
 def notes(report: ParityReport) -> list[str]:
-    """Return what was not compared, and why."""
+    """Return what was not compared, and why, and what of a device was."""
+    written = [
+        f"{item.name}: compared were {item.described}."
+        for item in report.artifacts
+        if item.runtime == DEVICE
+    ]
     skipped = [f"{item.name} skipped: {item.skipped}" for item in report.artifacts if item.skipped]
     faint = {(item.sampler, name): None for item in report.artifacts for name in item.faint}
-    return skipped + [
+    faintly = [
         f"No gain for {name} (sampler {sampler}): it moves the reference's samples by less than {FAINT:g} "
         "of their size."
         for sampler, name in faint
     ]
+    return [*written, *skipped, *faintly]
 
 
 def decibel(value: float | None) -> str:

@@ -69,8 +69,8 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     require("diffusers", "train")
     from edgedistill.models import store
 
-    chosen = accept("torch", options, device="cpu", threads=0)
-    device = _device(torch, str(chosen["device"]).lower())
+    chosen = _chosen(options)
+    device = _device(torch, chosen["device"])
     if chosen["threads"]:
         torch.set_num_threads(int(chosen["threads"]))
     states = [(part.resolve(), part.stat()) for part in weights_in(path) if part.is_file()]
@@ -84,9 +84,14 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     return _Part(network, whole, signature, device)
 
 
-def describe() -> str:
-    """Say what runs the network."""
-    return f"PyTorch {require('torch', 'train').__version__}"
+def describe(options: Mapping[str, Any]) -> str:
+    """Say what runs a network under these options: version and device."""
+    return f"PyTorch {require('torch', 'train').__version__} ({_chosen(options)['device']})"
+
+
+def _chosen(options: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = accept("torch", options, device="cpu", threads=0)
+    return {**chosen, "device": str(chosen["device"]).lower()}
 
 
 def _device(torch: Any, name: str) -> str:

@@ -18,11 +18,13 @@ from edgedistill.pipeline import Pipeline, why_not
 from edgedistill.plugins import ALIASES, RUNTIMES, find
 from edgedistill.probes import CALLS, Golden
 from edgedistill.sampler import Network, RowTrace, run_table
-from edgedistill.table import SamplerTable
+from edgedistill.table import Row, SamplerTable
 from edgedistill.tables import DEFAULT, golden_file
 
 Progress = Callable[[Sequence[tuple[Bundle, Artifact]]], Iterable[tuple[Bundle, Artifact]]]
 Goldens = Mapping[str, Golden]  # by sampler, the default first
+SHARED = ("threads",)
+"""Options that mean the same to every runtime."""
 
 
 def verify(
@@ -40,11 +42,12 @@ def verify(
         runtimes: Names of the runtimes to verify; none: all. One that is named must be installed, one
             that is not named is skipped, with a note, where it is not.
         artifacts: Names of the artifacts to verify; none: all.
-        options: Handed to every runtime.
+        options: Handed to every runtime; those that each has words of its own for, to one alone.
         progress: Wraps the sequence of what is to be compared, for a bar.
 
     Raises:
-        ConfigError: If the bundles are of several students, or nothing fits the names.
+        ConfigError: If the bundles are of several students, nothing fits the names, or options of one runtime
+            meet artifacts of several.
         MissingDependencyError: If a named runtime, or every runtime, is not installed.
     """
     names = [ALIASES.get(name, name) for name in runtimes]
@@ -60,6 +63,7 @@ def verify(
     }
     low, high = first.table.space["value_range"]
     chosen = _choose(bundles, names, artifacts)
+    _refuse_mixed(chosen, options or {})
     compared = tuple(
         entry
         for bundle, artifact in progress(chosen)
@@ -103,6 +107,15 @@ def _choose(
     return chosen
 
 
+def _refuse_mixed(chosen: Sequence[tuple[Bundle, Artifact]], options: Mapping[str, Any]) -> None:
+    """Refuse options in one runtime's own words where others would be handed them too."""
+    runtimes = list(dict.fromkeys(artifact.runtime for _, artifact in chosen))
+    own = [name for name in options if name not in SHARED]
+    if own and len(runtimes) > 1:
+        msg = f"{' and '.join(own)}: each runtime has words of its own for it, and the artifacts are for {', '.join(runtimes)}; choose one, such as with --runtime {runtimes[-1]}."
+        raise ConfigError(msg)
+
+
 def _verify_or_skip(
     bundle: Bundle, artifact: Artifact, goldens: Goldens, options: Mapping[str, Any], *, must: bool
 ) -> Iterator[ArtifactParity]:
@@ -126,18 +139,18 @@ def _verify_or_skip(
     except ContractError as error:
         yield replace(entry, broken=str(error))
         return
-    entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe())
+    entry = replace(entry, load_ms=load_ms, described=pipeline.runtime.describe(options))
     chosen = goldens if artifact.sampler is None else {artifact.sampler: goldens[artifact.sampler]}
     for sampler, golden in chosen.items():
         named = replace(entry, sampler=sampler)
         try:
-            held = _as_called(golden, bundle.samplers[sampler], artifact)
+            held = as_called(golden, bundle.samplers[sampler], artifact)
             yield _verify_sampler(named, pipeline, pipeline.samplers[sampler], held)
         except ContractError as error:
             yield replace(named, broken=str(error))
 
 
-def _as_called(golden: Golden, table: SamplerTable, artifact: Artifact) -> Golden:
+def as_called(golden: Golden, table: SamplerTable, artifact: Artifact) -> Golden:
     """Return the golden samples that an artifact can make: those at the guidance scale that lies in its graphs."""
     told, scale = table.guidance.input, artifact.guidance_scale
     return golden if told is None or scale is None else golden.at(told, scale - 1)
@@ -156,7 +169,7 @@ def _verify_sampler(
         table, networks, golden.noise, golden.conditions, lambda trace: free.append(trace.next)
     )
     return replace(
-        _finished(entry, table, golden, output),
+        finished(entry, table, golden, output),
         rows=tuple(map(_row, forced, free, golden.rows)),
         call_ms=_call_ms(table, networks),
     )
@@ -170,10 +183,10 @@ def _verify_graph(
     for _ in range(2):  # the first call warms up
         output = run_generator(table, networks, golden.noise, golden.conditions)
     call_ms = networks[GENERATOR].median_ms
-    return replace(_finished(entry, table, golden, output), call_ms=call_ms)
+    return replace(finished(entry, table, golden, output), call_ms=call_ms)
 
 
-def _finished(
+def finished(
     entry: ArtifactParity, table: SamplerTable, golden: Golden, output: np.ndarray
 ) -> ArtifactParity:
     """Add what the finished samples tell."""
@@ -220,18 +233,42 @@ class _Timed:
 
 
 def _row(trace: RowTrace, free: np.ndarray, kept: Mapping[str, np.ndarray]) -> RowParity:
-    guided = _optional(kept.get("raw"), trace.raw)
-    calls = [kept[name] for name in CALLS if name in kept]
-    # In a bundle that was written before the calls of guided rows were kept, what guidance made of them stands in.
-    alone = compare(np.concatenate(calls), np.concatenate(trace.calls)) if calls else guided
+    made = {"raw": trace.raw, "x0": trace.x0, "next": trace.next}
+    made |= dict(zip(CALLS, trace.calls, strict=False))
+    return compare_row(trace.index, trace.row, kept, made, free)
+
+
+def compare_row(
+    index: int,
+    row: Row,
+    kept: Mapping[str, np.ndarray],
+    made: Mapping[str, np.ndarray | None],
+    free: np.ndarray | None,
+) -> RowParity:
+    """Compare what a row made with what the reference made of it.
+
+    Args:
+        index: Its position in the table.
+        row: It.
+        kept: The reference's tensors, as in `Golden.rows`.
+        made: Others under the same names, teacher-forced; what is not known may lack.
+        free: The state after the row, free-running; None: not known.
+    """
+    guided = _optional(kept.get("raw"), made.get("raw"))
+    calls = [name for name in CALLS if name in kept and name in made]
+    # Without the calls of a guided row, what guidance made of them stands in, as in bundles written before they were kept.
+    alone = guided
+    if calls:
+        wanted, got = (np.concatenate([side[name] for name in calls]) for side in (kept, made))
+        alone = compare(wanted, got)
     return RowParity(
-        trace.index,
-        next(iter(trace.row.feeds.values()), None),
+        index,
+        next(iter(row.feeds.values()), None),
         alone,
-        _optional(kept.get("x0"), trace.x0),
-        compare(kept["next"], trace.next),
-        compare(kept["next"], free),
-        guided if trace.calls else None,
+        _optional(kept.get("x0"), made.get("x0")),
+        _optional(kept["next"], made.get("next")),
+        _optional(kept["next"], free),
+        guided if any(name in made for name in CALLS) else None,
     )
 
 

@@ -39,9 +39,8 @@ def register(commands: Any) -> None:
     )
     parser.add_argument(
         "--loader",
-        "--runtime",
         choices=[*LOADERS, "all"],
-        help="default: those that the folder holds graphs or weights for",
+        help="whose view to take (default: those that the folder holds graphs or weights for)",
     )
     add_json(parser)
     parser.set_defaults(run=_run)

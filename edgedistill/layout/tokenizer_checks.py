@@ -47,7 +47,7 @@ def openvino_tokenizer(folder: Folder, _: str) -> Iterator[Finding]:
                     f"{name}/{file}",
                     "a tokenizer as an OpenVINO model",
                     "no such file",
-                    "convert the fast tokenizer with openvino_tokenizers.convert_tokenizer",
+                    'run pip install "edgedistill[interop]" and export again with --overwrite',
                 )
         graph = folder.graph(f"{name}/openvino_tokenizer.xml")
         outputs = [item.name for item in graph.outputs] if graph else ["input_ids"]
@@ -56,7 +56,7 @@ def openvino_tokenizer(folder: Folder, _: str) -> Iterator[Finding]:
                 f"{name}/openvino_tokenizer.xml",
                 "output `input_ids`",
                 f"outputs {', '.join(outputs) or 'none'}",
-                "convert the tokenizer anew",
+                "export again with --overwrite",
             )
 
 

@@ -23,11 +23,12 @@ def render(bundle: Bundle, parity: Mapping[str, Any] | None = None) -> str:
 
     Args:
         bundle: What it is about.
-        parity: What ``edgedistill parity --json`` printed of this bundle; None: the dB of one call, which
-            were taken when each artifact was written.
+        parity: What ``edgedistill parity --json`` printed of this bundle, and maybe of others of this student,
+            which are left out; None: the dB of one call, which were taken when each artifact was written.
 
     Raises:
-        ConfigError: If the report is of another student, or is no parity report.
+        ConfigError: If the report is of another student or of none of the bundle's artifacts, or is no parity
+            report.
     """
     if parity is not None:
         _check(bundle, parity)
@@ -49,6 +50,14 @@ def _check(bundle: Bundle, parity: Mapping[str, Any]) -> None:
     if parity["fingerprint"] != bundle.fingerprint:
         msg = f"The parity report is of another student ({parity.get('name')!r}), not of {bundle.name!r}; run `edgedistill parity` on {bundle.root}."
         raise ConfigError(msg)
+    if not _measured_here(bundle, parity):
+        msg = f"The parity report names none of the artifacts of {bundle.root}; run `edgedistill parity` on it."
+        raise ConfigError(msg)
+
+
+def _measured_here(bundle: Bundle, parity: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what a report says of a bundle's artifacts; those of other bundles may be in it too."""
+    return [item for item in parity["artifacts"] if item["name"] in bundle.artifacts]
 
 
 def _metadata(bundle: Bundle) -> str:
@@ -141,7 +150,7 @@ def _artifacts(bundle: Bundle, parity: Mapping[str, Any] | None) -> str:
         "samples, dB",
         "PSNR, dB",
     )
-    rows = [list(_measured(item)) for item in parity["artifacts"]]
+    rows = [list(_measured(item)) for item in _measured_here(bundle, parity)]
     versions = ", ".join(f"{k} {v}" for k, v in parity.get("environment", {}).items())
     note = (
         f"dB of signal to noise against PyTorch from the same noise, {parity['batch']} samples: the worst row's prediction, "

@@ -25,7 +25,7 @@ Needs the network and a token that may write (`huggingface-cli login`). Nothing 
 _PULL_EPILOG = """\
 examples:
   edgedistill pull USER/NAME bundle
-  edgedistill pull USER/NAME bundle --revision v1
+  edgedistill pull USER/NAME bundle --revision v1 --overwrite
 
 The folder appears when every hash holds. Needs the network.
 """
@@ -39,8 +39,13 @@ def register_card(commands: Any) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
     parser.add_argument("--parity", metavar="JSON", type=Path, help="what `parity --json` printed")
     parser.add_argument(
-        "-o", "--output", metavar="FILE", type=Path, help="default: BUNDLE/README.md; -: stdout"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="file to write, or - for stdout (default: BUNDLE/README.md)",
     )
+    add_json(parser)
     parser.set_defaults(run=_card)
 
 
@@ -52,7 +57,7 @@ def register_push(commands: Any) -> None:
     )
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="folder that `export` made")
     parser.add_argument("repository", metavar="USER/NAME", help="made if it is not there")
-    parser.add_argument("--private", action="store_true", help="of a repository that is made")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     _add_revision(parser, "a branch, made if it is not there (default: main)")
     parser.set_defaults(run=_push)
 
@@ -62,7 +67,10 @@ def register_pull(commands: Any) -> None:
     short = "download a bundle from the Hugging Face hub"
     parser = add_command(commands, "pull", short, "Download a bundle and verify it.", _PULL_EPILOG)
     parser.add_argument("repository", metavar="USER/NAME", help="where it lies")
-    parser.add_argument("target", metavar="BUNDLE", type=Path, help="folder to make or to replace")
+    parser.add_argument("target", metavar="BUNDLE", type=Path, help="folder to make")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a BUNDLE, whatever it holds"
+    )
     _add_revision(parser, "a branch, tag or commit (default: main)")
     parser.set_defaults(run=_pull)
 
@@ -76,6 +84,9 @@ def _card(options: argparse.Namespace) -> int:
     from edgedistill.bundle import Bundle
     from edgedistill.publish.card import FILE, render
 
+    if options.json and options.output == Path("-"):
+        msg = "-o -: prints the card itself; leave --json out, or name a file."
+        raise ConfigError(msg)
     parity = None if options.parity is None else read_json(options.parity)
     if parity is not None and not isinstance(parity, dict):
         msg = f"{options.parity}: not a parity report; make one with `edgedistill parity BUNDLE --json`."
@@ -86,7 +97,7 @@ def _card(options: argparse.Namespace) -> int:
         return 0
     target = options.output or options.bundle / FILE
     write_bytes(target, text.encode())
-    print(f"Written: {target}")
+    print(json.dumps({"card": str(target)}) if options.json else f"Written: {target}")
     return 0
 
 
@@ -103,7 +114,12 @@ def _push(options: argparse.Namespace) -> int:
 def _pull(options: argparse.Namespace) -> int:
     from edgedistill.publish.hub import pull
 
-    bundle = pull(options.repository, options.target, revision=options.revision)
+    bundle = pull(
+        options.repository,
+        options.target,
+        revision=options.revision,
+        overwrite=options.overwrite,
+    )
     told = {"bundle": str(bundle.root), "name": bundle.name, "fingerprint": bundle.fingerprint}
     print(json.dumps(told) if options.json else f"Written: {bundle.root} ({bundle.name})")
     return 0

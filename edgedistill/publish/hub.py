@@ -31,7 +31,7 @@ def push(
     Args:
         root: A bundle.
         repository: ``"user/name"``; made if it is not there.
-        private: Of a repository that is made.
+        private: Make a new repository private; one that is there stays as it is.
         revision: A branch; made if it is not there. None: the main one.
         token: None: the one that ``huggingface-cli login`` left.
         endpoint: Of the hub; None: huggingface_hub's own.
@@ -65,6 +65,7 @@ def pull(
     target: Path,
     *,
     revision: str | None = None,
+    overwrite: bool = False,
     token: str | None = None,
     endpoint: str | None = None,
 ) -> Bundle:
@@ -72,8 +73,9 @@ def pull(
 
     Args:
         repository: ``"user/name"``.
-        target: A folder that is not there, is empty, or holds a bundle, which is replaced.
+        target: A folder that is not there or is empty, or holds a bundle that may be replaced.
         revision: A branch, tag or commit; None: the main branch.
+        overwrite: Replace a bundle, whatever it holds.
         token, endpoint: As for `push`.
 
     Raises:
@@ -82,7 +84,7 @@ def pull(
         MissingDependencyError: If huggingface_hub is not installed.
     """
     _check_name(repository)
-    _check_free(target)
+    _check_free(target, overwrite=overwrite)
     hub = require("huggingface_hub", "hub")
     with written_aside(target) as aside:
         with _told(hub, repository):
@@ -114,10 +116,13 @@ def _check_name(repository: str) -> None:
         raise ConfigError(msg)
 
 
-def _check_free(target: Path) -> None:
+def _check_free(target: Path, *, overwrite: bool) -> None:
     taken = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if taken and not (target / "edgedistill.json").is_file():
         msg = f"{target}: exists and is not a bundle; choose another folder or remove it."
+        raise BundleError(msg)
+    if taken and not overwrite:
+        msg = f"{target}: holds a bundle; choose another folder, or give --overwrite to replace it."
         raise BundleError(msg)
 
 

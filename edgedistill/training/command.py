@@ -42,7 +42,14 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "recipe", type=Path, metavar="RECIPE.yaml", help="what to do; see examples/"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="student folder to make")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="STUDENT",
+        required=True,
+        help="student folder to make",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -69,12 +76,16 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument(
         "--processes",
+        metavar="N",
         type=positive,
         default=1,
-        help="plan for that many devices (with --dry-run or --sketch)",
+        help="plan for N devices, with --dry-run or --sketch (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=positive, help="CPU threads of torch; results depend on it"
+        "--threads",
+        metavar="N",
+        type=positive,
+        help="CPU threads of torch, on which results depend (default: torch's own choice)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     add_json(parser)
@@ -132,7 +143,14 @@ def register_join(subparsers: Any) -> None:
     parser.add_argument(
         "parts", type=Path, metavar="PART", nargs="+", help="student folders of one recipe"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, help="student folder to make")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="STUDENT",
+        required=True,
+        help="student folder to make",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     add_json(parser)
     parser.set_defaults(run=run_join, extra="train")

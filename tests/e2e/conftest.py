@@ -85,8 +85,8 @@ class FakeRuntime:
         self.options = dict(options)
         return lambda feeds: {"out_sample": self.spoil(_predict(feeds)["out_sample"], feeds)}
 
-    def describe(self) -> str:
-        return "numpy"
+    def describe(self, options) -> str:
+        return " ".join(["numpy", *(f"{name}={value}" for name, value in options.items())])
 
 
 class AbsentRuntime:
@@ -95,7 +95,7 @@ class AbsentRuntime:
     def open(self, *_):
         require("no_such_package", "absent")
 
-    def describe(self) -> str:
+    def describe(self, *_) -> str:
         raise AssertionError
 
 
@@ -126,7 +126,7 @@ def predict() -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
 @pytest.fixture
 def make(tmp_path: Path, fake: FakeRuntime) -> Callable[..., Path]:
     """Write a bundle of artifacts name: (runtime, precision), all with the same network."""
-    assert fake.describe() == "numpy"
+    assert fake.describe({}) == "numpy"
     return lambda artifacts, name="bundle": _write(tmp_path / name, artifacts)
 
 

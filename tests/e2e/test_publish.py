@@ -106,6 +106,17 @@ def test_a_bundle_goes_there_and_comes_back(bundle: Bundle, hub, tmp_path: Path)
     assert not (back.root / ".cache").exists()
 
 
+def test_a_bundle_that_is_there_is_replaced_when_asked_alone(
+    bundle: Bundle, hub, handmade: Path
+) -> None:
+    push(bundle.root, REPOSITORY, token="t", endpoint=hub.url)
+    with pytest.raises(BundleError, match="holds a bundle; choose another folder, or give --over"):
+        pull(REPOSITORY, handmade, token="t", endpoint=hub.url)
+    assert Bundle.open(handmade).name == "handmade"
+    back = pull(REPOSITORY, handmade, overwrite=True, token="t", endpoint=hub.url)
+    assert Bundle.open(handmade).fingerprint == back.fingerprint == bundle.fingerprint
+
+
 def test_what_was_changed_on_the_way_does_not_appear(bundle: Bundle, hub, tmp_path: Path) -> None:
     push(bundle.root, REPOSITORY, token="t", endpoint=hub.url)
     name = next(name for name in hub.held if name.endswith(".onnx"))
@@ -161,6 +172,22 @@ def test_the_card_takes_a_parity_report(run, bundle: Bundle, tmp_path: Path) -> 
         f"| ok | {min(r['teacher_forced']['raw']['snr_db'] for r in measured['rows']):.1f} "
         f"| {measured['image']['snr_db']:.1f} | {measured['image']['psnr_db']:.1f} |"
     )
+
+
+def test_the_card_leaves_out_artifacts_of_other_bundles(run, make, tmp_path: Path) -> None:
+    first = make({"mine": ("fake", "float32")}, "first")
+    second = make({"theirs": ("fake", "int8")}, "second")
+    (tmp_path / "both.json").write_text(run("parity", first, second, "--json")[1])
+    status, out, _ = run("card", first, "--parity", tmp_path / "both.json", "--json")
+    assert (status, json.loads(out)) == (0, {"card": str(first / "README.md")})
+    card = (first / "README.md").read_text()
+    assert "\n| mine | fake | float32 |" in card
+    assert "theirs" not in card
+    (tmp_path / "other.json").write_text(run("parity", second, "--json")[1])
+    status, _, err = run("card", first, "--parity", tmp_path / "other.json")
+    assert status == 2
+    assert "names none of the artifacts of" in err
+    assert run("card", first, "-o", "-", "--json")[0] == 2
 
 
 def test_a_report_of_another_student_is_refused(bundle: Bundle) -> None:

@@ -1,8 +1,8 @@
 """`edgedistill sample` and `edgedistill parity` on a hand-written bundle and on the exported one."""
 
+import importlib.util
 import json
 import re
-import runpy
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,6 +13,10 @@ import pytest
 from PIL import Image
 
 import edgedistill
+from edgedistill.compiler import compile_scheduler
+from edgedistill.noise import noise_bank
+from edgedistill.sampler import run_table
+from edgedistill.table import Condition, Guidance
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -43,10 +47,23 @@ def test_sample_json_and_arrays_are_those_of_the_python_face(run, handmade, tmp_
 
 def test_runtime_options_reach_the_runtime(run, handmade, fake, tmp_path):
     words = ["--device", "GPU", "--threads", 2, "-o", tmp_path / "g.png", "-n", 1, "--scale", 1]
-    assert run("sample", handmade, *words)[0] == 0
+    status, out, _ = run("sample", handmade, *words)
+    assert status == 0
     assert fake.options == {"device": "GPU", "threads": 2}
+    assert "on numpy device=GPU threads=2 in" in out
     with Image.open(tmp_path / "g.png") as sheet:
         assert sheet.size == (10, 10)
+
+
+def test_words_of_one_runtime_are_not_handed_to_others(run, make, fake):
+    both = make({"a": ("fake", "float32"), "b": ("torch", "float32")})
+    words = ["parity", both, "--device", "GPU", "--inference-precision", "f16", "--threads", 2]
+    status, _, err = run(*words)
+    assert status == 2
+    assert "device and precision: each runtime has words of its own for it" in err
+    assert "the artifacts are for fake, torch; choose one, such as with --runtime torch" in err
+    assert run(*words, "--runtime", "fake")[0] == 0
+    assert fake.options == {"device": "GPU", "precision": "f16", "threads": 2}
 
 
 def test_seeds_make_a_sample_the_same_in_every_batch(handmade):
@@ -231,5 +248,64 @@ def test_sampling_needs_no_framework_and_equals_a_sampler_without_us(bundle, run
         f"from edgedistill.cli import main\nsys.exit(main({words!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    bare = runpy.run_path(str(EXAMPLES / "bare_sampler.py"))
-    assert np.array_equal(bare["sample"](bundle.root, runtime, 5), np.load(tmp_path / "a.npy"))
+    bare = bare_sampler().sample(bundle.root, runtime, 5)
+    assert np.array_equal(bare, np.load(tmp_path / "a.npy"))
+
+
+def bare_sampler():
+    spec = importlib.util.spec_from_file_location("bare_sampler", EXAMPLES / "bare_sampler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "DPMSolverMultistepScheduler"},
+        {"_class_name": "DDIMScheduler", "clip_sample": True},
+    ],
+)
+def test_the_bare_sampler_looks_back_and_clips(config, tmp_path, monkeypatch):
+    table = compile_scheduler(config, 5, shape=(1, 4, 4))
+    assert any(row.clip or row.next.previous for row in table.rows)
+    table.save(tmp_path / "sampler.json")
+    file = {"path": "x", "signature": {"inputs": [{"shape": ["batch", 1, 4, 4]}]}}
+    artifact = {"runtime": "onnxruntime", "networks": {"unet": file}}
+    (tmp_path / "edgedistill.json").write_text(json.dumps({"artifacts": {"a": artifact}}))
+
+    def answer(feeds):
+        return np.tanh(feeds["sample"]) * np.float32(0.9)
+
+    bare = bare_sampler()
+    monkeypatch.setattr(bare, "open_network", lambda *_: answer)
+    networks = {"unet": lambda feeds: {"out_sample": answer(feeds)}}
+    expected = run_table(table, networks, noise_bank(table, [0, 1, 2]), {})
+    assert np.array_equal(bare.sample(tmp_path, "onnxruntime", 3), expected)
+
+
+def test_the_bare_sampler_names_what_it_does_not_do(tmp_path):
+    guided = compile_scheduler(
+        {"_class_name": "DDIMScheduler"},
+        2,
+        shape=(4, 8, 8),
+        network=("controlnet", "unet"),
+        guidance=Guidance("cfg", None, 3.0, (1.0, 3.0), {"text": 0}),
+        conditions=(
+            Condition(
+                "text",
+                "text",
+                encoder="text_encoder",
+                tokenizer="tokenizer.json",
+                length=4,
+                examples=("a",),
+            ),
+        ),
+        decoder="vae_decoder",
+    )
+    guided.save(tmp_path / "sampler.json")
+    with pytest.raises(SystemExit) as stopped:
+        bare_sampler().sample(tmp_path, "onnxruntime", 1)
+    assert str(stopped.value).endswith(
+        "beyond this example: decoder, a text condition, rows that call no network, or two, guidance_scale."
+    )

@@ -293,7 +293,7 @@ def test_the_runtime_opens_a_package_and_leaves_torch_its_threads(guided, packag
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML itself is there")
 def test_off_macos_the_runtime_says_that_it_is_not_the_neural_engine(guided, package):
-    assert coreml.describe() == "Core ML reference evaluator (not the Neural Engine)"
+    assert coreml.describe({}) == "Core ML reference evaluator (not the Neural Engine)"
     with pytest.raises(
         ConfigError, match="no device 'ane' here; choose one of reference, for Core ML"
     ):
@@ -378,3 +378,12 @@ def test_the_runtime_module_is_cheap_to_import():
     code = "import sys, runtimes.coreml; print({'torch', 'coremltools'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_on_macos_it_says_whether_core_ml_or_the_evaluator_runs(monkeypatch):
+    monkeypatch.setattr(coreml, "_on_macos", lambda: True)
+    monkeypatch.setattr(coreml.platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    assert coreml.describe({}) == "Core ML (macOS 15.1, ALL)"
+    assert coreml.describe({"device": "ane"}) == "Core ML (macOS 15.1, CPU_AND_NE)"
+    evaluator = "Core ML reference evaluator (not the Neural Engine)"
+    assert coreml.describe({"device": "reference"}) == evaluator

@@ -161,5 +161,7 @@ def test_precisions_that_are_not_written_are_refused(student, tmp_path):
         write_openvino(None, student.signatures["unet"], tmp_path / "x.xml", precision="int8")
 
 
-def test_it_says_what_it_is():
-    assert ov.describe().startswith("OpenVINO 20")
+def test_it_says_what_it_is_where_and_in_what_precision():
+    assert ov.describe({}).startswith("OpenVINO 20")
+    assert ov.describe({}).endswith(" (CPU, f32)")
+    assert ov.describe({"device": "gpu", "precision": "f16"}).endswith(" (GPU, f16)")

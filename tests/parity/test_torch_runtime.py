@@ -119,4 +119,5 @@ def test_options_that_cannot_be_are_refused(student, options, message):
 
 
 def test_it_says_what_it_is():
-    assert torch_reference.describe() == f"PyTorch {torch.__version__}"
+    assert torch_reference.describe({}) == f"PyTorch {torch.__version__} (cpu)"
+    assert torch_reference.describe({"device": "CUDA"}) == f"PyTorch {torch.__version__} (cuda)"

@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from edgedistill.agreement import FAINT, compare, cosine, is_faint, psnr_db, response_gain, snr_db
+from edgedistill.agreement import (
+    FAINT,
+    TOLERANCE,
+    compare,
+    cosine,
+    is_close,
+    is_faint,
+    psnr_db,
+    response_gain,
+    snr_db,
+)
 from edgedistill.errors import ContractError
 
 RANDOM = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
@@ -92,3 +102,13 @@ def test_a_response_of_rounding_size_has_no_gain() -> None:
     # What the limit is for: float32's rounding, at its coarsest, on a response that is just large enough.
     rounding = 1e-6 * generator.choice([-1.0, 1.0], change.shape)
     assert abs(response_gain(FAINT * change, FAINT * change + rounding) - 1) < 1e-3
+
+
+def test_coefficients_are_close_relative_to_themselves_or_to_1():
+    for expected in (0.0, 0.5, -1.0, 80.0):
+        allowed = TOLERANCE * max(1.0, abs(expected))
+        assert is_close(expected + 0.99 * allowed, expected)
+        assert not is_close(expected + 1.01 * allowed, expected)
+    assert is_close(None, None)
+    assert not is_close(None, 0.0)
+    assert not is_close(0.0, None)

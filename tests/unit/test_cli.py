@@ -141,7 +141,9 @@ def test_help_teaches_and_loads_nothing_heavy(words):
     assert re.search("examples|Exit status", made.stdout)
 
 
-@pytest.mark.parametrize("words", ["distill", "export onnx", "quantize", "sample", "parity", "env"])
+@pytest.mark.parametrize(
+    "words", ["distill", "export onnx", "quantize", "sample", "parity", "demo", "env"]
+)
 def test_the_examples_of_the_help_are_command_lines_on_what_the_demo_makes(words, capsys):
     with pytest.raises(SystemExit):
         cli.main([*words.split(), "--help"])
@@ -152,7 +154,11 @@ def test_the_examples_of_the_help_are_command_lines_on_what_the_demo_makes(words
         given = shlex.split(line.partition(" > ")[0], comments=True)
         options = cli._parser(given).parse_args(given)
         named = [getattr(options, "bundle", None), *getattr(options, "bundles", [])]
-        made = {Path("demo/bundle"): "float", Path("demo/compressed"): "int8"}
+        made = {
+            Path("demo/bundle"): "float",
+            Path("demo/compressed"): "int8",
+            Path("OUT"): "pipeline",  # what the examples of `export` write
+        }
         held = [made[path] for path in named if path is not None]
         assert getattr(options, "target", None) != Path("demo/small"), "a student lies there"
         if "int8" in str(getattr(options, "artifact", "")):

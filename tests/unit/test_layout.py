@@ -936,6 +936,8 @@ def test_the_command_prints_findings_and_fails_on_errors(folder, capsys):
     _external("a", "b")(root)
     assert main(["check-layout", str(root), "--loader", "ort"]) == 0
     assert "ort: 1 warning\n  warning: unet/model.onnx\n" in capsys.readouterr().out
+    assert main(["check-layout", str(root), "--runtime", "ort"]) == 2
+    assert "--runtime" in capsys.readouterr().err
     (root / "unet/model.onnx").unlink()
     assert main(["check-layout", str(root), "--loader", "all", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -28,7 +28,7 @@ from edgedistill.models.denoiser import Denoiser
 from edgedistill.models.run import sample_torch, torch_networks
 from edgedistill.network import CheckedNetwork
 from edgedistill.noise import noise_bank
-from edgedistill.prediction import PredictionType, raw_coefficients
+from edgedistill.prediction import PredictionType, x0_coefficients
 from edgedistill.sampler import enter_stage, resize, run_row
 from edgedistill.schedule import Schedule
 from edgedistill.student import Student
@@ -206,8 +206,8 @@ def test_the_loss_is_the_error_of_what_is_predicted(context, kind: str) -> None:
     alpha, sigma = denoiser.alpha_sigma(t)
     z = alpha * x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     raw = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    r_z, r_x = raw_coefficients(prediction, alpha, sigma)
-    expected = (raw - (r_z * z + r_x * x)).square().mean()
+    a_z, a_r = x0_coefficients(prediction, alpha, sigma)
+    expected = (raw - (x - a_z * z) / a_r).square().mean()
     assert prediction_error(denoiser, z, t, raw, x).item() == pytest.approx(
         expected.item(), rel=1e-3
     )

@@ -13,7 +13,6 @@ from edgedistill.prediction import (
     boundary_coefficients,
     eps_coefficients,
     prediction_of,
-    raw_coefficients,
     x0_coefficients,
 )
 
@@ -53,18 +52,16 @@ def test_a_perfect_network_gives_back_x_and_eps(
     z, raw = alpha * x + sigma * eps, raw_of(kind, alpha, sigma, x, eps)
     assert apply(x0_coefficients(kind, alpha, sigma), z, raw) == pytest.approx(x, abs=1e-9)
     assert apply(eps_coefficients(kind, alpha, sigma), z, raw) == pytest.approx(eps, abs=1e-9)
-    assert apply(raw_coefficients(kind, alpha, sigma), z, x) == pytest.approx(raw, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", PredictionType)
 @law
 @given(angles, values, values)
-def test_raw_and_x0_invert_each_other(
+def test_x_and_eps_make_up_the_state(
     kind: PredictionType, angle: float, z: float, raw: float
 ) -> None:
     alpha, sigma = math.cos(angle), math.sin(angle)
     x0 = apply(x0_coefficients(kind, alpha, sigma), z, raw)
-    assert apply(raw_coefficients(kind, alpha, sigma), z, x0) == pytest.approx(raw, abs=1e-9)
     eps = apply(eps_coefficients(kind, alpha, sigma), z, raw)
     assert alpha * x0 + sigma * eps == pytest.approx(z, abs=1e-9)
 
@@ -82,7 +79,7 @@ def test_flow_is_right_off_the_circle_too(t: float, x: float, eps: float) -> Non
 def test_arrays_and_tensors_give_the_numbers_that_floats_give(kind: PredictionType) -> None:
     torch = pytest.importorskip("torch")
     alpha, sigma = np.array([0.6, 0.8]), np.array([0.8, 0.6])
-    for function in (x0_coefficients, eps_coefficients, raw_coefficients):
+    for function in (x0_coefficients, eps_coefficients):
         arrays = function(kind, alpha, sigma)
         tensors = function(kind, torch.tensor(alpha), torch.tensor(sigma))
         for i in range(2):

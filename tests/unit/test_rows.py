@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgedistill.errors import ConfigError
-from edgedistill.prediction import PredictionType, raw_coefficients
+from edgedistill.prediction import PredictionType, x0_coefficients
 from edgedistill.rows import (
     BUILDERS,
     analytic_row,
@@ -48,8 +48,8 @@ def after(
     """Run a row on a perfect network's answer for one number."""
     alpha, sigma = schedule.alpha_sigma(t)
     z = alpha * x + sigma * eps
-    r_z, r_x0 = raw_coefficients(kind, alpha, sigma)
-    raw = r_z * z + r_x0 * x
+    a_z, a_r = x0_coefficients(kind, alpha, sigma)
+    raw = (x - a_z * z) / a_r
     x0 = row.x0[0] * z + row.x0[1] * raw
     return row.next.z * z + row.next.x0 * x0 + row.next.raw * raw + row.next.noise * noise
 

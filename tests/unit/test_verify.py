@@ -10,7 +10,7 @@ from edgedistill.compiler import compile_scheduler
 from edgedistill.probes import Golden, record_golden, save_probes
 from edgedistill.sampler import RowTrace, run_table
 from edgedistill.table import Condition, Guidance
-from runtimes.verify import _row, _Timed
+from runtimes.verify import _row, _Timed, compare_row
 
 TABLE = compile_scheduler({"_class_name": "DPMSolverMultistepScheduler"}, 5, shape=(1, 4, 4))
 
@@ -106,6 +106,9 @@ def test_guidance_of_two_calls_is_not_counted_against_the_network(tmp_path):
         # A bundle of before has no calls: the prediction after guidance is held to the floor.
         old = {name: value for name, value in kept.items() if not name.endswith("conditional")}
         assert _row(trace, trace.next, old).raw == row.guided
+        # So it is of a device that wrote no calls, where what guidance made of them is all there is.
+        alone = compare_row(trace.index, trace.row, kept, {"raw": trace.raw}, None)
+        assert (alone.raw, alone.guided, alone.free) == (row.guided, None, None)
         # Without guidance nothing else is told.
         plain = dataclasses.replace(trace, calls=())
         assert _row(plain, trace.next, old).guided is None
