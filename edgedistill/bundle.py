@@ -1,12 +1,13 @@
 """The bundle: one folder with artifacts, sampler table, probes, golden tensors and their hashes."""
 
 import dataclasses
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgedistill import carried
+from edgedistill.carried import holds, members
 from edgedistill.contract import Signature
 from edgedistill.errors import BundleError
 from edgedistill.files import inside, read_json, sha256, written_aside
@@ -31,7 +32,6 @@ from edgedistill.tables import (
     table_file,
     tokenizers_of,
 )
-from edgedistill.weight_files import weights_in
 
 GOLDEN = golden_file(DEFAULT)
 CALIBRATION = "probes/calibration.safetensors"
@@ -161,9 +161,9 @@ class Bundle:
         if not path.exists():
             msg = f"{path}: no such file in the bundle."
             raise BundleError(msg)
-        for part in _members(path):
+        for part in members(path):
             name = part.relative_to(self.root).as_posix()
-            self._verify([held for held in self.unverified if _holds(name, held)])
+            self._verify([held for held in self.unverified if holds(name, held)])
         return path
 
     def _verify(self, names: Iterable[str]) -> None:
@@ -202,13 +202,13 @@ class Bundle:
 
     def copy(self, relative: str, folder: Path) -> None:
         """Copy a network into a folder, with the weights that lie beside it; names stay as they are."""
-        for part in _members(self.path(relative)):
-            _copy(part, folder / part.name)
+        for part in members(self.path(relative)):
+            carried.copy(part, folder / part.name)
 
     def size(self, artifact: Artifact) -> int:
         """Return the bytes of an artifact's files."""
         paths = {self.root / net.path for net in artifact.networks.values()}
-        return sum(_bytes(item) for path in paths for item in _members(path))
+        return sum(carried.size(item) for path in paths for item in members(path))
 
 
 @dataclass(frozen=True)
@@ -286,8 +286,11 @@ def write_bundle(
     Args:
         target: Folder to make or replace; an existing one must be empty or a bundle.
         base: What the new bundle starts from: its tables, tokenizers, probes, provenance; of a bundle also
-            every file that belongs to no artifact, such as what the loaders of pipelines read.
-        fill: Puts files under ``draft.root`` and records them with ``draft.add``.
+            every file that belongs to no artifact, such as what the loaders of pipelines read. If it lies at
+            `target`, files that its manifest does not list, such as a card, stay too and are not listed
+            either, but for those beside what is replaced, such as models compiled of it.
+        fill: Puts files under ``draft.root`` and records them with ``draft.add``. Files of artifacts that are
+            kept may be those of the old bundle: it replaces them, if at all, and never writes into them.
         keep: Names of the artifacts of `base` that the new bundle keeps.
 
     Raises:
@@ -295,28 +298,52 @@ def write_bundle(
     """
     refuse_taken(target)
     kept = {name: base.artifacts[name] for name in keep}
+    is_added_to = (target / MANIFEST).is_file() and base.root.resolve() == target.resolve()
+    listed = read_manifest(base.root)["files"] if is_added_to else {}
     with written_aside(target) as aside:
         for name in _loose(base):
-            _copy(base.path(name), aside / name)
+            carried.copy(base.path(name), aside / name)
+        take = carried.link if is_added_to else carried.copy
         paths = {net.path for artifact in kept.values() for net in artifact.networks.values()}
-        for path in {part for name in paths for part in _members(base.path(name))}:
-            _copy(path, aside / path.relative_to(base.root))
+        for path in {part for name in paths for part in members(base.path(name))}:
+            take(path, aside / path.relative_to(base.root))
         draft = Draft(aside, dict(kept))
         fill(draft)
-        write_manifest(dataclasses.replace(base, root=aside, artifacts=draft.artifacts))
-    return Bundle.open(target, whole=False)
+        made = dataclasses.replace(base, root=aside, artifacts=draft.artifacts)
+        same = (k for k in listed if carried.is_one_file(base.root / k, aside / k))
+        write_manifest(made, {name: listed[name] for name in same})
+        if is_added_to:
+            _carry_unlisted(base, listed, kept, aside)
+    written = Bundle.open(target, whole=False)
+    written.unverified.clear()  # the hashes of all were taken just now
+    return written
 
 
-def write_manifest(bundle: Bundle) -> None:
-    """Hash every file under the bundle's folder and write its tables and manifest."""
+def _carry_unlisted(
+    base: Bundle, listed: Collection[str], kept: Collection[str], aside: Path
+) -> None:
+    """Take over what others put into a bundle, but for what may be made of artifacts that are not kept."""
+    gone = [item for name, item in base.artifacts.items() if name not in kept]
+    replaced = [net.path for artifact in gone for net in artifact.networks.values()]
+    for name in carried.unlisted(base.root, {MANIFEST, *listed}, replaced):
+        if not (aside / name).exists():
+            carried.link(base.root / name, aside / name)
+
+
+def write_manifest(bundle: Bundle, known: Mapping[str, Any] | None = None) -> None:
+    """Hash every file under the bundle's folder and write its tables and manifest.
+
+    Args:
+        bundle: Its files are there.
+        known: Entries of files, by name, whose hashes are known to hold.
+    """
     save_tables(bundle.root, bundle.samplers)
+    paths = [path for path in sorted(bundle.root.rglob("*")) if path.is_file()]
+    names = {path.relative_to(bundle.root).as_posix(): path for path in paths}
     files = {
-        path.relative_to(bundle.root).as_posix(): {
-            "sha256": sha256(path),
-            "bytes": path.stat().st_size,
-        }
-        for path in sorted(bundle.root.rglob("*"))
-        if path.is_file() and path != bundle.root / MANIFEST
+        name: (known or {}).get(name) or {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for name, path in names.items()
+        if name != MANIFEST
     }
     data = {
         "name": bundle.name,
@@ -369,23 +396,9 @@ def _refuse_newer_table(path: Path) -> None:
 
 
 def _refuse_unlisted(root: Path, path: str, files: Mapping[str, Any]) -> None:
-    if not any(_holds(path, name) for name in files):
+    if not any(holds(path, name) for name in files):
         msg = f"{root / path}: used by the bundle, but its manifest holds no hash of it; get the bundle anew."
         raise BundleError(msg)
-
-
-def _holds(path: str, name: str) -> bool:
-    """Whether a file is what a path names, or lies in the folder that it names."""
-    return name == path or name.startswith(path.rstrip("/") + "/")
-
-
-def _members(path: Path) -> list[Path]:
-    """Return what is read of a path: of a network's folder its weights, with a graph those beside it, else all."""
-    if path.is_dir():
-        return weights_in(path) if (path / "config.json").is_file() else [path]
-    beside = {".onnx": path.with_name(f"{path.name}_data"), ".xml": path.with_suffix(".bin")}
-    weights = beside.get(path.suffix)
-    return [path] if weights is None or not weights.is_file() else [path, weights]
 
 
 def _loose(base: Bundle) -> Iterable[str]:
@@ -396,21 +409,7 @@ def _loose(base: Bundle) -> Iterable[str]:
         return [*(name for name in probes if (root / name).exists()), *tokenizers_of(base.samplers)]
     data = read_manifest(root)
     held = [net["path"] for item in data["artifacts"].values() for net in item["networks"].values()]
-    owned = {part for path in held for part in _members(root / path)}
+    owned = {part for path in held for part in members(root / path)}
     return [
         name for name in data["files"] if owned.isdisjoint([root / name, *(root / name).parents])
     ]
-
-
-def _bytes(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copy2(source, target)

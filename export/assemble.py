@@ -1,20 +1,16 @@
-"""Student to bundle: the reference, its probes, and one artifact per format and precision, all or nothing."""
+"""Student to bundle: the reference, its probes, and one artifact per format and precision, each whole or not at all."""
 
 import functools
 import json
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import edgedistill
-from edgedistill import plugins
 from edgedistill.bundle import (
-    CALIBRATION,
     REFERENCE,
     Artifact,
     Bundle,
@@ -26,29 +22,20 @@ from edgedistill.bundle import (
     write_bundle,
 )
 from edgedistill.contract import BATCH, Signature
-from edgedistill.errors import BundleError, ContractError
+from edgedistill.errors import BundleError
 from edgedistill.manifest import MANIFEST
 from edgedistill.models.variant import done_to_weights
-from edgedistill.network import CheckedNetwork
-from edgedistill.probes import (
-    GOLDEN_SAMPLES,
-    Examples,
-    golden_samples,
-    load_probes,
-    record_calibration,
-    record_golden,
-    save_probes,
-    spread_conditions,
-)
-from edgedistill.student import EXAMPLES, Student
-from edgedistill.tables import choose, golden_file, networks_of, table_file
+from edgedistill.student import Student
+from edgedistill.tables import choose, networks_of, table_file
 from edgedistill.validate import check
-from edgedistill.weight_files import plain_names, weights_in
 
+from . import budget
+from .budget import Task
 from .dialects import plain
+from .foretold import tasks_of
 from .formats import FORMATS, ExportOptions, Job, jobs
-from .layouts import SINGLE_ROOT, place
-from .loader_files import check_jobs, lacking_files, make_stock, write_loader_files
+from .layouts import SINGLE_ROOT
+from .loader_files import check_jobs, lacking_files, write_loader_files
 from .networks import (
     Networks,
     chosen_networks,
@@ -58,16 +45,15 @@ from .networks import (
     sizes,
     weight_bytes,
 )
+from .reference import add_reference, probing
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects
 from .stages import about
-from .worker import ALONE_ABOVE, called, in_child, works_alone
-
-CALIBRATION_SEEDS = range(1000, 1032)  # none of them golden
-# Of large students, whose every call takes seconds in PyTorch; 12 rows calibrate a UNet of 860 million to 30 dB.
-FEW_GOLDEN, FEW_SEEDS = 2, range(1000, 1003)
+from .worker import in_child, works_alone
 
 Progress = Callable[[str, int, int], None]  # what is written next, how many are done, of how many
+Foretold = Callable[[list[Task]], None]
+Missing = Sequence[tuple[Job, Collection[str]]]  # what is written, with the networks it lacks
 
 
 def export_student(
@@ -76,11 +62,13 @@ def export_student(
     formats: Sequence[str],
     options: ExportOptions | None = None,
     progress: Progress | None = None,
+    foretold: Foretold | None = None,
 ) -> Bundle:
     """Export a student to a bundle, or add formats to the bundle that it already has.
 
     What the bundle holds with the same options is kept, so an export that is run again does nothing.
-    The bundle appears, or changes, only when everything asked for is written and checked.
+    The bundle appears with the reference and the first artifact, and changes with each further one, when it is
+    written and checked: what is finished stays, whatever becomes of the next, and is not written again.
 
     Args:
         student: An opened student folder.
@@ -88,13 +76,14 @@ def export_student(
         formats: Names in `FORMATS`, or just ``"all"``.
         options: None: the defaults.
         progress: Told before each artifact, and once at the end.
+        foretold: Told what each network will take, before any work.
 
     Raises:
         BundleError: If `target` holds a bundle of another student or something else, or the student's
             weights are missing, damaged or not finite.
         CheckFailedError: If a graph strays from PyTorch.
-        ConfigError: If a format is unknown or is not written in the dtype asked for, or the table is not
-            what its annotations say.
+        ConfigError: If a format is unknown or is not written in the dtype asked for, the table is not
+            what its annotations say, or more memory or disk is needed than there is.
         ContractError: If the student's networks are not what its manifest and its table say.
         MissingDependencyError: If a package that a format needs is not installed.
     """
@@ -104,8 +93,11 @@ def export_student(
     kept, missing = _kept_and_missing(student, target, wanted, options, base)
     if base.artifacts and not missing and not _lacks_files(student, base, options):
         return base
-    fill = functools.partial(_fill, student, options, missing, progress or _silent)
-    return write_bundle(target, base, fill, kept)
+    tasks = _estimated(student, target, options, kept, missing)
+    (foretold or _silent)(tasks)
+    isolate = budget.isolation(options.isolate, sizes(student), tasks, options.max_memory)
+    options = replace(options, isolate=isolate)
+    return _write_one_by_one(student, target, options, (base, kept), missing, progress or _silent)
 
 
 def check_export(
@@ -127,7 +119,8 @@ def check_export(
         held = Bundle.open(target, whole=False)
         if _told(held) != _told(student):
             raise another_student(target, held, student.name, student.samplers)
-    _kept_and_missing(student, target, wanted, options, held)
+    kept, missing = _kept_and_missing(student, target, wanted, options, held)
+    _estimated(student, target, options, kept, missing)
 
 
 def _told(held: Bundle | Student) -> Any:
@@ -173,6 +166,19 @@ def _lacks_files(student: Student, base: Bundle, options: ExportOptions) -> bool
     return options.layout == SINGLE_ROOT and bool(lacking_files(student, base.root, formats))
 
 
+def _estimated(
+    student: Student,
+    target: Path,
+    options: ExportOptions,
+    kept: Collection[str],
+    missing: Missing,
+) -> list[Task]:
+    """Return what is to be written, if there is the memory and the disk for it."""
+    tasks = tasks_of(student, missing, None if REFERENCE in kept else probing(student))
+    budget.check(tasks, target, options.max_memory)
+    return tasks
+
+
 def _without_artifacts(student: Student) -> Bundle:
     provenance = {**student.provenance, "exported_by": f"edgedistill {edgedistill.__version__}"}
     return Bundle(
@@ -191,12 +197,12 @@ def _still_wanted(held: Artifact, job: Job | None, names: Collection[str], targe
     if job is None or held.made_with.get("options") == job.settings:
         return True
     if job.sampler is None and not set(held.networks) <= set(names):
-        msg = f"{target}: holds {held.name} with other options ({_apart(held, job)}); give the same, or leave --networks out to write all of it anew."
+        msg = f"{target}: holds {held.name} with other options ({_differing(held, job)}); give the same, or leave --networks out to write all of it anew."
         raise BundleError(msg)
     return False
 
 
-def _apart(held: Artifact, job: Job) -> str:
+def _differing(held: Artifact, job: Job) -> str:
     """Say in what the options of an artifact differ from those asked for."""
     options = held.made_with.get("options", {})
     pairs = ((name, options.get(name), value) for name, value in job.settings.items())
@@ -210,85 +216,64 @@ def _lacking(held: Artifact | None, names: Collection[str]) -> list[str]:
     return [name for name in names if held is None or name not in held.networks]
 
 
+def _write_one_by_one(
+    student: Student,
+    target: Path,
+    options: ExportOptions,
+    held: tuple[Bundle, Collection[str]],
+    missing: Missing,
+    progress: Progress,
+) -> Bundle:
+    """Write each artifact into the bundle when it is finished; what is written anew stays as it is until then.
+
+    Args:
+        student, target, options: As of `export_student`.
+        held: What the first starts from, and the names of its artifacts that stay.
+        missing: What is to be written.
+        progress: As of `export_student`.
+    """
+    for name, table in student.samplers.items():
+        check(table, str(student.root / table_file(name)))
+    apart = {name for name, size in sizes(student).items() if works_alone(options.isolate, size)}
+    networks, alone = _open(student, apart, missing), bool(apart)
+    bundle, kept = held
+    first = [] if REFERENCE in bundle.artifacts else [REFERENCE]
+    steps = [*first, *(job.name for job, _ in missing)]
+    tells = (functools.partial(progress, name, i, len(steps)) for i, name in enumerate(steps))
+    for part in [[item] for item in missing] or [[]]:
+        anew = {job.name for job, _ in part}.difference(kept)
+        fill = functools.partial(_fill, student, options, networks, alone, part, tells)
+        keep = [name for name in bundle.artifacts if name not in anew]
+        bundle = write_bundle(target, bundle, fill, keep)
+    progress("", len(steps), len(steps))
+    return bundle
+
+
+def _open(student: Student, apart: Collection[str], missing: Missing) -> Networks:
+    """Open the networks; what is written in processes of their own, or not at all, is never read in this one."""
+    unused = set(student.signatures).difference(*(names for _, names in missing))
+    one_graph = any(job.sampler is not None for job, _ in missing)
+    return open_networks(student, set() if one_graph else unused | set(apart))
+
+
 def _fill(
     student: Student,
     options: ExportOptions,
-    missing: Sequence[tuple[Job, Collection[str]]],
-    progress: Progress,
+    networks: Networks,
+    alone: bool,  # noqa: FBT001
+    missing: Missing,
+    tells: Iterator[Callable[[], None]],
     draft: Draft,
 ) -> None:
-    for name, table in student.samplers.items():
-        check(table, str(student.root / table_file(name)))
-    # What is written in processes of their own, or not at all, is never read in this one.
-    apart = {name for name, size in sizes(student).items() if works_alone(options.isolate, size)}
-    unused = set(student.signatures).difference(*(names for _, names in missing))
-    one_graph = any(job.sampler is not None for job, _ in missing)
-    networks = open_networks(student, set() if one_graph else apart | unused)
-    steps: list[tuple[str, Callable[[], None]]] = []
     if REFERENCE not in draft.artifacts:
-        refer = functools.partial(_add_reference, draft, student, options.layout, alone=bool(apart))
-        steps.append((REFERENCE, refer))
-    add = functools.partial(_add, draft, student, networks, options.isolate)
-    steps += [(job.name, functools.partial(add, job, names)) for job, names in missing]
-    for done, (name, write) in enumerate(steps):
-        progress(name, done, len(steps))
-        write()
+        next(tells)()
+        add_reference(draft, student, options.layout, alone=alone)
+    for job, names in missing:
+        next(tells)()
+        _add(draft, student, networks, options.isolate, job, names)
     if options.layout == SINGLE_ROOT:
         held = {artifact.format for artifact in draft.artifacts.values()}
         write_loader_files(student, draft.root, held)
-    progress("", len(steps), len(steps))
-
-
-def _add_reference(draft: Draft, student: Student, layout: str, *, alone: bool) -> None:
-    draft.add(called(_write_reference, draft.root, student, layout, alone=alone))
-
-
-def _write_reference(root: Path, student: Student, layout: str) -> Artifact:
-    """Copy the networks as they are, those of equal bytes once, and record the probes with them."""
-    files, reference = {}, {}
-    written: dict[str, str] = {}
-    for name, signature in signatures_of(student, BATCH).items():
-        folder = student.folder(name)
-        path = written.setdefault(digest(folder), place(layout, "torch", "float32", name))
-        if not (root / path).exists():
-            (root / path).mkdir(parents=True)
-            for part, named in plain_names(weights_in(folder)).items():
-                shutil.copy2(part, root / path / named)
-            if layout == SINGLE_ROOT:
-                make_stock(root / path)
-        session = plugins.find(plugins.RUNTIMES, "torch").open(root / path, signature, {})
-        files[name] = NetworkFile(path, signature)
-        reference[name] = CheckedNetwork(name, signature, session)
-    made_with = {"torch": torch.__version__, "options": {}}
-    _write_probes(root, student, reference)
-    return Artifact(REFERENCE, "torch", "torch", "float32", files, made_with)
-
-
-def _write_probes(root: Path, student: Student, reference: Mapping[str, CheckedNetwork]) -> None:
-    examples: Examples = {}
-    if (student.root / EXAMPLES).is_file():
-        examples = load_probes(student.root / EXAMPLES)
-    tokenize = student.tokenize
-    samples, seeds = (
-        (FEW_GOLDEN, FEW_SEEDS) if _is_large(student) else (GOLDEN_SAMPLES, CALIBRATION_SEEDS)
-    )
-    runs = []
-    for name, table in student.samplers.items():
-        chosen = golden_samples(table, examples, tokenize, samples)
-        save_probes(record_golden(table, reference, *chosen), root / golden_file(name))
-        runs.append((table, spread_conditions(table, len(seeds), examples, tokenize)))
-    calibration = record_calibration(runs, reference, seeds)
-    called = {name.rpartition(".")[0] for name in calibration}
-    if unused := sorted(set(reference) - called):
-        msg = f"{student.root}: no example is routed to {', '.join(unused)}; add texts that are to the condition's `examples`."
-        raise ContractError(msg)
-    save_probes(calibration, root / CALIBRATION)
-
-
-def _is_large(student: Student) -> bool:
-    folders = {student.folder(name) for name in student.signatures}
-    sizes = [sum(part.stat().st_size for part in weights_in(folder)) for folder in folders]
-    return max(sizes, default=0) > ALONE_ABOVE
 
 
 def _graphs(
@@ -326,7 +311,8 @@ def _add(
             place_of = draft.root / path
             with about(name):
                 if works_alone(isolate, weight_bytes(network)):
-                    report, used = in_child(_write_alone, student, job, name, place_of)
+                    what = f"{job.name}, {name}"
+                    report, used = in_child(_write_alone, student, job, name, place_of, what=what)
                     reports.append({**report, **asdict(used)})
                 else:
                     reports.append(_write(network, signature, job, place_of, consume=False))
@@ -387,5 +373,5 @@ def _write_alone(student: Student, job: Job, name: str, path: Path) -> dict[str,
     return _write(*graph, job, path, consume=True)
 
 
-def _silent(_what: str, _done: int, _total: int) -> None:
+def _silent(*_told: object) -> None:
     pass

@@ -1,52 +1,136 @@
-"""What an export will take, said before it begins: from the sizes of weights and factors that were measured."""
+"""What an export will take, said before it begins: from the sizes of networks, by factors that were measured."""
 
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgedistill.errors import ConfigError
 
 from .worker import ALWAYS, AUTO
 
-# Of the Stable Diffusion 1.5 UNet, 3.44 GB of float32 weights, one network in a process of its own, two cores:
-# peak memory in bytes per byte of weights, and processor seconds per GB, beside what the imports take.
-_MEMORY = {"onnx": 1.3, "openvino": 1.35, "coreml": 1.35}
-_SECONDS = {"onnx": 13.0, "openvino": 14.0, "coreml": 26.0}
-_IMPORTS_BYTES = 500_000_000
+if TYPE_CHECKING:
+    from .calls import Size
+
+# Of Stable Diffusion 1.5, each network in a process of its own, two cores: such that no peak of docs/export.md is
+# above the estimate. Peak memory in bytes per byte of weights, of the largest tensor of a layer and of the largest
+# attention matrix, beside what the imports take; processor seconds per GB of weights and per 10**12 operations.
+_IMPORTS_BYTES = 550_000_000
 _IMPORTS_SECONDS = 6.0
-_STORED = {"float32": 1.0, "float16": 0.5}
-_COPIES = {"onnx": 1, "openvino": 1, "coreml": 3}  # of the written weights, while they are written
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_STORED = {"float32": 1.0, "float16": 0.5}
+LARGE = 1_000_000_000  # bytes of memory; what takes less needs no estimate
 
 
-def memory(form: str, size: int) -> int:
-    """Estimate the bytes of memory that writing and checking `size` bytes of weights takes at its peak."""
-    return _IMPORTS_BYTES + round(_MEMORY[form] * size)
+@dataclass(frozen=True)
+class _Factors:
+    weights: float
+    layer: float
+    attention: float
+    per_gb: float
+    per_tflop: float
 
 
-def seconds(form: str, size: int) -> float:
+_FACTORS = {
+    "onnx": _Factors(1.1, 6.5, 2.0, 5.0, 26.0),
+    "openvino": _Factors(1.3, 5.5, 2.0, 6.0, 27.0),
+    "coreml": _Factors(1.25, 6.5, 2.0, 11.0, 64.0),
+    "torch": _Factors(1.0, 5.5, 0.0, 1.0, 13.0),
+}
+# Copies of what is written, while it is: the graph that OpenVINO's is made from is of float32, whatever that is;
+# coremltools has its weights in a file, in its own folder and in a package before they are in place.
+_GRAPHS_ASIDE = {"openvino": 1}
+_COPIES_ASIDE = {"coreml": 2}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One network that is written, with estimates of what it takes.
+
+    Fields:
+        name: Of the network, or of several that are called in one process.
+        artifact: It is written for.
+        memory: Bytes at the peak.
+        disk: Bytes that stay on the disk.
+        aside: Bytes on the disk beside these, while it is written.
+        seconds: Of one processor.
+    """
+
+    name: str
+    artifact: str
+    memory: int
+    disk: int
+    aside: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """Say what it takes."""
+        return (
+            f"{self.name}, {self.artifact}: about {self.memory / 1e9:.1f} GB of memory, {self.disk / 1e9:.1f} GB of "
+            f"disk and {self.seconds:.0f} s of one processor (estimates)"
+        )
+
+
+def memory(form: str, size: "Size", batch: int = 1) -> int:
+    """Estimate the bytes of memory that writing a network and checking it with a batch take at the peak.
+
+    Args:
+        form: A format; ``torch``: just calling it.
+        size: Of the network.
+        batch: Samples per call.
+    """
+    by = _FACTORS[form]
+    of_sample = by.layer * size.layer + by.attention * size.attention
+    return _IMPORTS_BYTES + round(by.weights * size.weights + batch * of_sample)
+
+
+def seconds(form: str, size: "Size", batch: int = 1) -> float:
     """Estimate the processor seconds of the same."""
-    return _IMPORTS_SECONDS + _SECONDS[form] * size / 1e9
+    by = _FACTORS[form]
+    of_calls = by.per_tflop * batch * size.flops / 1e12
+    return _IMPORTS_SECONDS + by.per_gb * size.weights / 1e9 + of_calls
 
 
-def disk(form: str, precision: str, size: int) -> int:
-    """Estimate the bytes on disk while it is written, and the graph that OpenVINO's is made from."""
-    return round(size * (_COPIES[form] * _STORED[precision] + (form == "openvino")))
+def task(name: str, artifact: str, kind: tuple[str, str], size: "Size", batch: int) -> Task:
+    """Estimate what a network takes.
+
+    Args:
+        name: Of the network.
+        artifact: That it belongs to.
+        kind: Format, and precision of the stored weights.
+        size: Of the network.
+        batch: Samples of the call that checks it.
+    """
+    form, precision = kind
+    stored = round(size.weights * _STORED[precision])
+    aside = size.weights * _GRAPHS_ASIDE.get(form, 0) + stored * _COPIES_ASIDE.get(form, 0)
+    needs = memory(form, size, batch), stored, aside, seconds(form, size, batch)
+    return Task(name, artifact, *needs)
 
 
-def isolation(isolate: str, sizes: Mapping[str, int], forms: Collection[str], limit: int) -> str:
+def disk(tasks: Collection[Task]) -> int:
+    """Return the bytes on the disk that tasks take, done one after another."""
+    return sum(item.disk for item in tasks) + max((item.aside for item in tasks), default=0)
+
+
+def isolation(
+    isolate: str, weights: Mapping[str, int], tasks: Iterable[Task], limit: int | None
+) -> str:
     """Return whether networks are written in processes of their own where memory is limited.
 
     Args:
         isolate: What was asked for, of `export.worker.ISOLATE`; only `AUTO` is decided here.
-        sizes: Bytes of float32 weights of each network, by name; one process holds all of them.
-        forms: The formats.
-        limit: Bytes of memory.
+        weights: Bytes of float32 weights of each network, by name; one process holds all of them.
+        tasks: What is written.
+        limit: Bytes of memory; None: whatever there is.
     """
-    together = max(memory(form, max(sizes.values())) for form in forms)
-    together += sum(sizes.values()) - max(sizes.values())
-    return ALWAYS if isolate == AUTO and together > limit else isolate
+    if isolate != AUTO or limit is None:
+        return isolate
+    held = sum(weights.values())
+    together = max((item.memory + held - weights.get(item.name, held) for item in tasks), default=0)
+    return ALWAYS if together > limit else isolate
 
 
 def size_of(text: str) -> int:
@@ -65,30 +149,31 @@ def size_of(text: str) -> int:
     )
 
 
-def check(
-    sizes: Mapping[str, int], form: str, precision: str, target: Path, limit: int | None
-) -> None:
+def check(tasks: Collection[Task], target: Path, limit: int | None) -> None:
     """Refuse an export that will not fit, before any work.
 
     Args:
-        sizes: Bytes of float32 weights of each network, by name.
-        form: The format.
-        precision: Of the stored weights.
+        tasks: What is written.
         target: Where it is written; the folder or one above it is there.
         limit: Bytes of memory that may be used; None: whatever there is.
 
     Raises:
-        ConfigError: If a network needs more memory than `limit`, or the disk has not the room.
+        ConfigError: If a task needs more memory than `limit`, or the disk has not the room for all of them.
     """
-    for name, size in sizes.items():
-        if limit is not None and memory(form, size) > limit:
-            msg = f"{name} as {form} takes about {memory(form, size) / 1e9:.1f} GB of memory (an estimate), more than the {limit / 1e9:.1f} GB allowed; allow more, or leave this format out."
+    for item in tasks:
+        if limit is not None and item.memory > limit:
+            msg = f"{item.name}, {item.artifact}: takes about {item.memory / 1e9:.1f} GB of memory (an estimate), more than the {limit / 1e9:.1f} GB allowed; allow more with --max-memory, or write less: another format, fewer --networks, smaller images."
             raise ConfigError(msg)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    free, needed = (
-        shutil.disk_usage(place).free,
-        sum(disk(form, precision, v) for v in sizes.values()),
-    )
+    free, needed = shutil.disk_usage(place).free, disk(tasks)
     if needed > free:
-        msg = f"{target}: {form} takes about {needed / 1e9:.1f} GB of disk (an estimate), and {free / 1e9:.1f} GB are free; make room or choose another place."
+        msg = f"{target}: what is to be written takes about {needed / 1e9:.1f} GB of disk (an estimate), and {free / 1e9:.1f} GB are free; make room, choose another place, or write fewer formats or networks at a time."
         raise ConfigError(msg)
+
+
+def lines(tasks: Collection[Task]) -> list[str]:
+    """Return what is said before large work: a line for each task that is large, and the disk that all take."""
+    large = [str(item) for item in tasks if item.memory > LARGE]
+    if not large:
+        return []
+    return [*large, f"in all: about {disk(tasks) / 1e9:.1f} GB of disk (an estimate)"]

@@ -15,6 +15,8 @@ from edgedistill.network import Session
 
 from .stages import stage
 
+TRY_ELSE = "Try other options (--dtype, --opset, --min-deployment-target) or another format, and report it with what `edgedistill env` prints."
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -46,6 +48,11 @@ class Check:
     expected: Expected
     floor: float
     options: Mapping[str, Any]
+
+
+def named(path: Path) -> str:
+    """Return what a file that is being written is called in messages: where it is now is nowhere for long."""
+    return "/".join(path.parts[-2:])
 
 
 def check_file(check: Check, path: Path, what: str) -> float:
@@ -90,6 +97,6 @@ def check_against(expected: Expected, session: Session, floor: float, what: str)
     found = {name: compare(value, got[name]).snr_db for name, value in expected.outputs.items()}
     worst = min(found, key=lambda name: found[name])
     if found[worst] < floor:
-        msg = f"{what}: {found[worst]:.1f} dB SNR of `{worst}` against PyTorch, at least {floor:.0f} dB is required; it was not written."
+        msg = f"{what}: {found[worst]:.1f} dB SNR of `{worst}` against PyTorch, at least {floor:.0f} dB is required; it was not written. {TRY_ELSE}"
         raise CheckFailedError(msg)
     return finite_db(found[worst])

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,11 @@ from edgedistill.errors import ConfigError
 from edgedistill.known_bad import warn_known_bad
 
 from . import budget
-from .formats import ALL, FORMATS, SCHEDULERS, ExportOptions, Job, jobs
+from .formats import ALL, FORMATS, SCHEDULERS, ExportOptions, jobs
 from .layouts import LAYOUTS, SINGLE_ROOT
 from .stages import told_to
 from .summary import as_json, as_text
-from .worker import AUTO, ISOLATE, works_alone
+from .worker import AUTO, ISOLATE
 
 if TYPE_CHECKING:
     from edgedistill.student import Student
@@ -28,7 +28,7 @@ _OTHERS_MODEL = ("--model-version", "--model_name_or_path")  # Apple's converter
 _DESCRIPTION = """\
 Write a student, or a folder of diffusers', as a bundle: ONNX, OpenVINO or Core ML beside the PyTorch
 reference, with the sampler table, golden tensors and calibration inputs. Each file is run once beside
-PyTorch before the bundle appears. A bundle that already holds this student gets what it lacks and keeps
+PyTorch before it is in the bundle. A bundle that already holds this student gets what it lacks and keeps
 what it has. A pipeline becomes a single root, which diffusers, optimum and OpenVINO GenAI open too."""
 _EPILOG = """\
 examples:
@@ -184,7 +184,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         type=_memory,
         help="such as 8GB: write in processes of their own what would take more together, and refuse what is estimated "
-        "to take more even so",
+        "to take more even so, the reference included",
     )
     add_target(parser, "BUNDLE")
     add_json(parser)
@@ -250,6 +250,7 @@ def _run(options: argparse.Namespace) -> int:
         free_sizes=options.dynamic,
         isolate=options.isolate,
         networks=tuple(options.networks),
+        max_memory=options.max_memory,
     )
     jobs([options.format], settings)  # refuses what cannot be written
     warn_known_bad(options.extra.split(","))
@@ -264,19 +265,11 @@ def _run(options: argparse.Namespace) -> int:
         student, merge = _source(options, Path(place))
         from .assemble import check_export, export_student
         from .loader_files import notes
-        from .networks import chosen_networks, sizes
         from .samplers import with_samplers
         from .single_root import layout_for
 
         settings = replace(settings, layout=layout_for(student, target, options.layout))
-        planned = jobs([options.format], settings)
-        forms = {job.format for job in planned}
-        names = chosen_networks(student, settings)
-        held_by = {name: size for name, size in sizes(student).items() if name in names}
-        _foretell(held_by, planned, target, options.max_memory)
-        if options.max_memory is not None:
-            isolate = budget.isolation(settings.isolate, held_by, forms, options.max_memory)
-            settings = replace(settings, isolate=isolate)
+        forms = {job.format for job in jobs([options.format], settings)}
         if settings.layout == SINGLE_ROOT or options.scheduler is not None:
             held = None if options.overwrite else target
             student = with_samplers(student, forms, options.scheduler, held)
@@ -287,7 +280,7 @@ def _run(options: argparse.Namespace) -> int:
             bar.total, bar.n = total, done
             bar.set_description_str(what)
 
-        bundle = export_student(student, target, [options.format], settings, tell)
+        bundle = export_student(student, target, [options.format], settings, tell, _foretell)
     if settings.layout == SINGLE_ROOT:
         for note in notes(target, {item.format for item in bundle.artifacts.values()}):
             print(note, file=sys.stderr)
@@ -368,20 +361,10 @@ def _memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _foretell(
-    sizes: Mapping[str, int], planned: list[Job], target: Path, limit: int | None
-) -> None:
-    """Refuse what will not fit, and say what large networks will take."""
-    for job in planned:
-        budget.check(sizes, job.format, job.precision, target, limit)
-        large = {name: size for name, size in sizes.items() if works_alone(AUTO, size)}
-        for name, size in large.items():
-            print(
-                f"{name}, {job.name}: about {budget.memory(job.format, size) / 1e9:.1f} GB of memory, "
-                f"{budget.disk(job.format, job.precision, size) / 1e9:.1f} GB of disk and "
-                f"{budget.seconds(job.format, size):.0f} s of one processor (estimates)",
-                file=sys.stderr,
-            )
+def _foretell(tasks: list[budget.Task]) -> None:
+    """Say what large networks will take."""
+    for line in budget.lines(tasks):
+        print(line, file=sys.stderr)
 
 
 def _scale(text: str) -> float:

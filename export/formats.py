@@ -42,6 +42,8 @@ class ExportOptions:
         free_sizes: Leave height and width free in a single root, Core ML apart.
         isolate: Whether a network is written in a process of its own: one of `export.worker.ISOLATE`.
         networks: Names of those that become graphs; none: all.
+        max_memory: Bytes that may be used: what is estimated to take more is refused, and `isolate` chosen by it;
+            None: whatever there is.
     """
 
     dtype: str | None = None
@@ -56,6 +58,7 @@ class ExportOptions:
     free_sizes: bool = False
     isolate: str = AUTO
     networks: tuple[str, ...] = ()
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):

@@ -17,7 +17,7 @@ from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import ConfigError, ContractError
 from edgedistill.mlpackage import quiet_coremltools, write_package
 
-from .checking import Check, check_file
+from .checking import TRY_ELSE, Check, check_file, named
 from .frozen import Frozen, expected_of
 from .recording import trace
 from .stages import stage
@@ -92,7 +92,9 @@ def write_coreml(
         snr_db = write_package(
             model,
             path,
-            lambda package: called(check_file, check, package, str(path), alone=alone),
+            lambda made: called(
+                check_file, check, made, named(path), alone=alone, what=named(path)
+            ),
         )
     return {
         "exporter": "coremltools",
@@ -152,7 +154,8 @@ def convert_coreml(
                 **_arithmetic(coremltools, precision, Path(folder)),
             )
     except NotImplementedError as error:
-        msg = f"coremltools {coremltools.__version__} cannot convert this network: {error}"
+        network = type(frozen.network).__name__
+        msg = f"coremltools {coremltools.__version__} cannot convert this {network} for {target} ({error}). {TRY_ELSE}"
         raise ContractError(msg) from error
     _describe(model, frozen.signature)
     model._mil_program = program = None  # its weights are in the package now

@@ -17,7 +17,7 @@ from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 
-from .checking import Check, check_file
+from .checking import TRY_ELSE, Check, check_file, named
 from .frozen import Frozen, examples, expected_of, free_axes
 from .group_norm import SummedByRows
 from .recording import record
@@ -70,10 +70,10 @@ def write_onnx(
             onnx.checker.check_model(made, full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             reason = " ".join(str(error).split())
-            msg = f"{path.name}: not valid ONNX ({reason}); it was not written."
+            msg = f"{named(path)}: not valid ONNX of opset {opset} ({reason}); it was not written. {TRY_ELSE}"
             raise CheckFailedError(msg) from error
         check = Check("onnxruntime", signature, expected, floor_of("float32").raw, {})
-        snr_db = called(check_file, check, made, path.name, alone=alone)
+        snr_db = called(check_file, check, made, named(path), alone=alone, what=named(path))
     return {
         "exporter": "torch.onnx dynamo" if dynamo else "torch.onnx TorchScript",
         "opset": opset,

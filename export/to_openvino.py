@@ -17,7 +17,7 @@ from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
 from edgedistill.telemetry import require_silent
 
-from .checking import Check, check_file
+from .checking import Check, check_file, named
 from .frozen import Frozen, expected_of
 from .onnx_to_openvino import convert
 from .to_onnx import trace_onnx
@@ -65,7 +65,7 @@ def write_openvino(
     with written_beside(path) as made:
         convert_openvino(frozen, made, precision=precision, consume=consume)
         check = Check("openvino", signature, expected, floor_of(precision).raw, {})
-        snr_db = called(check_file, check, made, path.name, alone=alone)
+        snr_db = called(check_file, check, made, named(path), alone=alone, what=named(path))
     return {
         "converter": "openvino.convert_model from ONNX",
         "torch": torch.__version__,
@@ -86,4 +86,5 @@ def convert_openvino(
         trace_onnx(frozen, graph, transposed=False)
         if consume:
             frozen.release()
-        called(convert, graph, path, precision, names, type(frozen.network).__name__, alone=alone)
+        title = type(frozen.network).__name__
+        called(convert, graph, path, precision, names, title, alone=alone, what=named(path))

@@ -37,12 +37,15 @@ def works_alone(isolate: str, size: int) -> bool:
     return isolate == ALWAYS or (isolate == AUTO and size > ALONE_ABOVE)
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Used]:
+def in_child(
+    function: Callable[..., Any], *arguments: Any, what: str = "a network"
+) -> tuple[Any, Used]:
     """Call a function of a module in a fresh process.
 
     Args:
         function: Found by its name there; what it raises is raised here.
         arguments: They and the answer are pickled between the two.
+        what: Is worked on, for the message.
 
     Returns:
         The answer, and what the process took.
@@ -58,13 +61,13 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Used]:
         try:
             return pool.submit(_measured, function, arguments).result()
         except BrokenProcessPool as error:
-            msg = "The process that wrote a network was killed, most likely for want of memory; close other programs or export one format at a time."
+            msg = f"{what}: the process that worked on it was killed, most likely for want of memory; close other programs, export one format or one network (--networks) at a time, or give --max-memory to be told before what will not fit."
             raise BundleError(msg) from error
 
 
-def called(function: Callable[..., Any], *arguments: Any, alone: bool) -> Any:
-    """Call a function here, or in a process of its own where it is to work `alone`."""
-    return in_child(function, *arguments)[0] if alone else function(*arguments)
+def called(function: Callable[..., Any], *arguments: Any, alone: bool, what: str) -> Any:
+    """Call a function here, or in a process of its own where it is to work `alone`; `what` as of `in_child`."""
+    return in_child(function, *arguments, what=what)[0] if alone else function(*arguments)
 
 
 def _measured(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, Used]:

@@ -294,16 +294,21 @@ def _worst_db(job: Job, network: CheckedNetwork, calls: Sequence[Call]) -> float
     try:
         worst = min(_decibels(network, calls), default=finite_db(math.inf))
     except ContractError as error:
-        msg = f"{what}: {error} Nothing was written."
+        msg = f"{what}: {error} Nothing was written. {_way_out(job)}"
         raise CheckFailedError(msg) from error
     if worst < LEAST_DB:
         msg = (
             f"{what}: {worst:.1f} dB SNR against {job.source.name} on a held-out call, at least {LEAST_DB:.0f} dB "
-            "is required; nothing was written. Calibrate on more samples, keep more of it in float with "
-            "--ignored-scope, or quantize the weights alone."
+            f"is required; nothing was written. {_way_out(job)}"
         )
         raise CheckFailedError(msg)
     return worst
+
+
+def _way_out(job: Job) -> str:
+    if job.result.precision == PtqConfig().precision:
+        return "Calibrate on more samples, keep more of it in float with --ignored-scope, or quantize the weights alone with --weight-format int8."
+    return "Take a --weight-format of more bits, or leave this network as it is: --networks names those to make smaller."
 
 
 def _decibels(network: CheckedNetwork, calls: Sequence[Call]) -> Iterator[float]:

@@ -6,22 +6,44 @@ from typing import Any
 
 from edgedistill.errors import require
 
+EXTERNAL_ABOVE = (
+    400_000_000  # bytes of weights; one protobuf message is held whole, and ends at 2 GiB
+)
+_INLINE_BELOW = 1024  # bytes; shapes stay readable in the graph
 _WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 
 
 def read(path: Path) -> Any:
-    """Read a model with its weights."""
-    return require("onnx", "onnx").load(path)
+    """Read a model; weights that lie beside it stay there, for NNCF refuses a model of over 2 GB that holds them."""
+    return require("onnx", "onnx").load(path, load_external_data=False)
+
+
+def backend_params(path: Path) -> dict[str, Any]:
+    """Return what NNCF must be told to find the weights beside a model, and loads them into what it makes."""
+    return {"external_data_dir": str(path.parent.resolve())}
 
 
 def write(model: Any, path: Path) -> tuple[int, int]:
-    """Write a model; return how many weights are integers and how many are not."""
+    """Write a model, large weights to one file beside it; return how many are integers and how many are not.
+
+    Args:
+        model: Holds its weights; it is of no use afterwards.
+        path: The ``.onnx`` file; above `EXTERNAL_ABOVE` the weights go to ``.onnx_data`` beside it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     _flatten_scales(model)
     # NNCF infers shapes for itself; runtimes infer them anyway, and they outweigh a small network's weights.
     del model.graph.value_info[:]
-    require("onnx", "onnx").save(model, path)
-    return _count(model)
+    counted = _count(model)
+    size = sum(len(item.raw_data) for item in model.graph.initializer)
+    require("onnx", "onnx").save(
+        model,
+        path,
+        save_as_external_data=size > EXTERNAL_ABOVE,
+        location=f"{path.name}_data",
+        size_threshold=_INLINE_BELOW,
+    )
+    return counted
 
 
 def _flatten_scales(model: Any) -> None:

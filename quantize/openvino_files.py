@@ -22,6 +22,11 @@ def read(path: Path) -> Any:
     return require_silent("openvino", "openvino").Core().read_model(path)
 
 
+def backend_params(_path: Path) -> dict[str, Any]:
+    """Return what NNCF must be told of where the weights lie: nothing."""
+    return {}
+
+
 def write(model: Any, path: Path) -> tuple[int, int]:
     """Write a model, float weights as they are; return how many weights are integers and how many are not."""
     path.parent.mkdir(parents=True, exist_ok=True)

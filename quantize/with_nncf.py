@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,26 @@ def compress_nncf(
         What made it: options, version, and how many weights were compressed and how many were not.
 
     Raises:
-        ConfigError: If a pattern of `ignored_scope` that the caller chose matches nothing.
+        ConfigError: If NNCF refuses, as it does where a pattern of `ignored_scope` that the caller chose matches
+            nothing.
         MissingDependencyError: If NNCF or the format's package is not installed.
     """
     files = _FILES[format_]
     nncf = require_silent("nncf", "quantize")
     model = files.read(source)
     with _quiet():
+        found = files.backend_params(source)
         if isinstance(config, PtqConfig):
-            model = _quantize(nncf, model, config, _Passes(batches, progress))
+            try:
+                model = _quantize(nncf, model, config, _Passes(batches, progress), found)
+            except nncf.ValidationError as error:
+                reason = " ".join(str(error).split())
+                msg = f"{source}: NNCF refuses to quantize it ({reason}); change --ignored-scope and the other settings, or leave them out, or quantize the weights alone with --weight-format int8."
+                raise ConfigError(msg) from error
         else:
-            model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+            advanced = nncf.AdvancedCompressionParameters(backend_params=found)
+            mode = nncf.CompressWeightsMode.INT8_ASYM
+            model = nncf.compress_weights(model, mode=mode, advanced_parameters=advanced)
     compressed, kept = files.write(model, target)
     return {
         "compressor": "nncf",
@@ -76,7 +85,9 @@ class _Passes:
         return len(self.batches)
 
 
-def _quantize(nncf: Any, model: Any, config: PtqConfig, passes: _Passes) -> Any:
+def _quantize(
+    nncf: Any, model: Any, config: PtqConfig, passes: _Passes, found: Mapping[str, Any]
+) -> Any:
     ranges = require_silent("nncf.quantization.range_estimator", "quantize")
     alpha = -1 if config.smooth_quant_alpha is None else config.smooth_quant_alpha
     advanced = nncf.AdvancedQuantizationParameters(
@@ -85,23 +96,20 @@ def _quantize(nncf: Any, model: Any, config: PtqConfig, passes: _Passes) -> Any:
         activations_range_estimator_params=getattr(
             ranges.RangeEstimatorParametersSet, config.activations_range.upper()
         ),
+        backend_params=dict(found),
     )
     # The default patterns are for the networks that have such layers; the caller's own must fit.
     chosen = config.ignored_scope != KEPT_IN_FLOAT
     scope = nncf.IgnoredScope(patterns=list(config.ignored_scope), validate=chosen)
-    try:
-        return nncf.quantize(
-            model,
-            nncf.Dataset(passes),
-            subset_size=len(passes),
-            preset=nncf.QuantizationPreset(config.preset),
-            model_type=config.model_type and nncf.ModelType(config.model_type),
-            ignored_scope=scope,
-            advanced_parameters=advanced,
-        )
-    except nncf.ValidationError as error:
-        msg = f"NNCF refuses the settings: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from error
+    return nncf.quantize(
+        model,
+        nncf.Dataset(passes),
+        subset_size=len(passes),
+        preset=nncf.QuantizationPreset(config.preset),
+        model_type=config.model_type and nncf.ModelType(config.model_type),
+        ignored_scope=scope,
+        advanced_parameters=advanced,
+    )
 
 
 @contextlib.contextmanager

@@ -136,6 +136,12 @@ def add_parity(parser: argparse.ArgumentParser) -> None:
         help="artifacts to compare (default: all)",
     )
     parser.add_argument("--report", metavar="HTML", type=Path, help="also write a page")
+    parser.add_argument(
+        "--compiled",
+        action="store_const",
+        const=True,
+        help="of --runtime coreml, on a Mac: what coreml/compile_on_mac.sh compiled, in place of the packages",
+    )
     outputs = parser.add_argument_group("arrays that a device wrote")
     outputs.add_argument(
         "--outputs", metavar="FILE", type=Path, help="safetensors to compare; nothing is run"
@@ -175,6 +181,7 @@ def runtime_options(options: argparse.Namespace) -> dict[str, Any]:
         "device": options.device,
         "precision": options.inference_precision,
         "threads": options.threads,
+        "compiled": getattr(options, "compiled", None),  # of `parity` alone
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -187,7 +194,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     """
     names, why = ["precision", "sampler"], "only with --outputs"
     if options.outputs is not None:
-        names = ["runtime", "device", "inference_precision", "threads"]
+        names = ["runtime", "device", "inference_precision", "threads", "compiled"]
         why = "not with --outputs, which runs nothing"
     given = ", ".join("--" + name.replace("_", "-") for name in names if getattr(options, name))
     if given:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgedistill.contract import Signature
-from edgedistill.errors import ConfigError, require
+from edgedistill.errors import BundleError, ConfigError, require
 from edgedistill.mlpackage import quiet_coremltools, read_package
 from edgedistill.network import Session, check_graph
 
@@ -27,38 +27,44 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
         signature: Its inputs and outputs.
         options: ``device``: ``"all"``, ``"ane"`` (the Neural Engine), ``"gpu"`` or ``"cpu"`` of a Mac, or
             ``"reference"``, the evaluator, which is all there is elsewhere; and ``threads`` of the
-            evaluator (1, the fastest for small networks; 0: torch's choice).
+            evaluator (1, the fastest for small networks; 0: torch's choice); and ``compiled``: run the
+            ``.mlmodelc`` beside the package, as an app would, where Core ML would compile the package anew.
 
     Raises:
-        BundleError: If the package is damaged, or its names are not the signature's.
+        BundleError: If the package is damaged, its names are not the signature's, or it was not compiled.
         ConfigError: If an option is unknown, or asks for Core ML where there is none.
         ContractError: If the program uses an op that the evaluator does not know.
         MissingDependencyError: If coremltools or torch is not installed.
     """
-    device, threads = _chosen(options)
+    device, threads, compiled = _chosen(options)
     if device == REFERENCE:
         return _open_reference(path, signature, threads)
-    return _open_core_ml(path, signature, COMPUTE_UNITS[device])
+    return _open_core_ml(path, signature, COMPUTE_UNITS[device], compiled=compiled)
 
 
 def describe(options: Mapping[str, Any]) -> str:
     """Say what runs a network under these options: Core ML on which units, or the evaluator."""
-    device, _ = _chosen(options)
+    device, _, compiled = _chosen(options)
     if device == REFERENCE:
         return "Core ML reference evaluator (not the Neural Engine)"
-    return f"Core ML (macOS {platform.mac_ver()[0]}, {COMPUTE_UNITS[device]})"
+    what = ", compiled models" if compiled else ""
+    return f"Core ML (macOS {platform.mac_ver()[0]}, {COMPUTE_UNITS[device]}{what})"
 
 
-def _chosen(options: Mapping[str, Any]) -> tuple[str, int]:
-    """Return device and threads."""
+def _chosen(options: Mapping[str, Any]) -> tuple[str, int, bool]:
+    """Return device, threads, and whether what was compiled is run."""
     devices = [*COMPUTE_UNITS, REFERENCE] if _on_macos() else [REFERENCE]
-    chosen = accept("coreml", options, device=devices[0], threads=1)
+    chosen = accept("coreml", options, device=devices[0], threads=1, compiled=False)
     device = str(chosen["device"]).lower()
     if device not in devices:
         why = "" if _on_macos() else ", for Core ML itself is on macOS only"
         msg = f"Runtime 'coreml' has no device {device!r} here; choose one of {', '.join(devices)}{why}."
         raise ConfigError(msg)
-    return device, int(chosen["threads"])
+    compiled = bool(chosen["compiled"])
+    if compiled and device == REFERENCE:
+        msg = "A compiled model is run by Core ML itself, on macOS only; leave --compiled out, or choose another --device there."
+        raise ConfigError(msg)
+    return device, int(chosen["threads"]), compiled
 
 
 def _on_macos() -> bool:
@@ -84,13 +90,18 @@ def _open_reference(path: Path, signature: Signature, threads: int) -> Session:
     return run
 
 
-def _open_core_ml(path: Path, signature: Signature, units: str) -> Session:
+def _open_core_ml(path: Path, signature: Signature, units: str, *, compiled: bool) -> Session:
     description = read_package(path).get_spec().description
     outputs = [item.name for item in description.output]
     check_graph(path, signature, (item.name for item in description.input), outputs)
+    place = path.with_suffix(".mlmodelc") if compiled else path
+    if not place.is_dir():
+        msg = f"{place}: no such compiled model; make it with `sh coreml/compile_on_mac.sh` in the bundle, name what was compiled with --artifact, or leave --compiled out."
+        raise BundleError(msg)
     with quiet_coremltools() as coremltools:
-        compute_unit = coremltools.ComputeUnit[units]
-        model = coremltools.models.MLModel(str(path), compute_units=compute_unit)
+        models = coremltools.models
+        opened = models.CompiledMLModel if compiled else models.MLModel
+        model = opened(str(place), compute_units=coremltools.ComputeUnit[units])
 
     def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         made = model.predict(dict(feeds))

@@ -1,6 +1,8 @@
 """PyTorch, the reference: float32, eval mode, numpy in and out."""
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,44 @@ import numpy as np
 from edgedistill.contract import Signature
 from edgedistill.errors import ConfigError, require
 from edgedistill.network import Session
+from edgedistill.weight_files import weights_in
 
 from .options import accept
+
+_shared: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
+"""Networks that sessions use a part of, by device and files: an autoencoder is read once for both halves."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A session.
+
+    Fields:
+        network: What is called.
+        whole: What it is a part of; other parts share it as long as this session is there.
+        signature: Of `network`.
+        device: It lies on.
+    """
+
+    network: Any
+    whole: Any
+    signature: Signature
+    device: str
+
+    def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import torch
+
+        from edgedistill.models import store
+
+        # torch.tensor copies: the network may write into what it is given, and feeds may be read-only.
+        inputs = {
+            spec.name: torch.tensor(feeds[spec.name], device=self.device)
+            for spec in self.signature.inputs
+        }
+        with torch.inference_mode():
+            made = store.call_outputs(self.network, inputs)
+        outputs = [spec.name for spec in self.signature.outputs]
+        return {name: value.cpu().numpy() for name, value in zip(outputs, made, strict=True)}
 
 
 def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Session:  # noqa: A001
@@ -35,19 +73,15 @@ def open(path: Path, signature: Signature, options: Mapping[str, Any]) -> Sessio
     device = _device(torch, chosen["device"])
     if chosen["threads"]:
         torch.set_num_threads(int(chosen["threads"]))
-    network = store.load_as(path, signature).to(device)
-    outputs = [spec.name for spec in signature.outputs]
-
-    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # torch.tensor copies: the network may write into what it is given, and feeds may be read-only.
-        inputs = {
-            spec.name: torch.tensor(feeds[spec.name], device=device) for spec in signature.inputs
-        }
-        with torch.inference_mode():
-            made = store.call_outputs(network, inputs)
-        return {name: value.cpu().numpy() for name, value in zip(outputs, made, strict=True)}
-
-    return run
+    states = [(part.resolve(), part.stat()) for part in weights_in(path) if part.is_file()]
+    key = (device, *((part, state.st_ino, state.st_mtime_ns) for part, state in states))
+    whole = _shared.get(key)
+    if whole is None:
+        whole = store.load(path).to(device)
+    network = store.facing(whole, signature).to(device)
+    if network is not whole:
+        _shared[key] = whole
+    return _Part(network, whole, signature, device)
 
 
 def describe(options: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`edgedistill export`: a student becomes a bundle, once, whole, or not at all."""
+"""`edgedistill export`: a student becomes a bundle, artifact by artifact, each whole or not at all."""
 
 import errno
 import json
@@ -20,9 +20,10 @@ from edgedistill.models import store
 from edgedistill.parity import floor_of
 from edgedistill.probes import GOLDEN_SAMPLES, load_probes
 from edgedistill.student import Student
-from export import assemble
+from export import assemble, budget, reference
 from export.assemble import export_student
 from export.formats import FORMATS, ExportOptions
+from runtimes import torch_reference
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -92,7 +93,7 @@ def test_golden_samples_replay_on_the_reference_and_cover_the_conditions(bundle)
 
 def test_calibration_is_what_the_network_is_fed_on_other_seeds(bundle, student):
     calibration, golden = (load_probes(bundle.path(name)) for name in (CALIBRATION, GOLDEN))
-    rows, samples = len(bundle.table.rows), len(assemble.CALIBRATION_SEEDS)
+    rows, samples = len(bundle.table.rows), len(reference.CALIBRATION_SEEDS)
     assert {name: value.dtype.name for name, value in calibration.items()} == {
         f"unet.{spec.name}": spec.dtype for spec in student.signatures["unet"].inputs
     }
@@ -102,7 +103,7 @@ def test_calibration_is_what_the_network_is_fed_on_other_seeds(bundle, student):
     w = calibration["unet.w"][:samples]
     assert (w[0], w[-1]) == (0, 2)
     assert (np.diff(w) > 0).all()
-    assert not {*assemble.CALIBRATION_SEEDS} & {*range(GOLDEN_SAMPLES)}
+    assert not {*reference.CALIBRATION_SEEDS} & {*range(GOLDEN_SAMPLES)}
     first = {array.tobytes() for array in golden["noise.0"]}
     assert not first & {array.tobytes() for array in calibration["unet.sample"]}
 
@@ -121,6 +122,9 @@ def test_the_same_export_again_changes_nothing(only_onnx, student, capsys):
 
 
 def test_a_format_is_added_and_the_others_stay(only_onnx, student, capsys):
+    (only_onnx / "README.md").write_text("a card")
+    (only_onnx / "coreml/Resources/Unet.mlmodelc").mkdir(parents=True)
+    (only_onnx / "coreml/Resources/Unet.mlmodelc/model.mil").write_text("compiled on a Mac")
     before = snapshot(only_onnx)
     command = ["export", "openvino", "-m", student.root, "-o", only_onnx, "--dtype", "fp16"]
     assert main([str(item) for item in command]) == 0
@@ -277,14 +281,15 @@ def test_a_full_disk_leaves_the_old_bundle(only_onnx, student, capsys, monkeypat
     assert snapshot(only_onnx.parent) == before
 
 
+def stray(*_arguments):
+    msg = "unet.xml: 12.0 dB SNR against PyTorch."
+    raise CheckFailedError(msg)
+
+
 def test_a_graph_that_strays_is_status_1_and_leaves_the_old_bundle(
     only_onnx, student, capsys, monkeypatch
 ):
     before = snapshot(only_onnx.parent)
-
-    def stray(*_arguments):
-        msg = "unet.xml: 12.0 dB SNR against PyTorch."
-        raise CheckFailedError(msg)
 
     monkeypatch.setattr("export.to_openvino.check_file", stray)
     assert main(["export", "openvino", "-m", str(student.root), str(only_onnx)]) == 1
@@ -317,6 +322,52 @@ def test_a_killed_export_leaves_the_old_bundle_and_can_be_run_again(only_onnx, s
     assert "openvino-float16" in Bundle.open(only_onnx).artifacts
 
 
+HALF = KILLED.replace(
+    "lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
+    "lambda *told, check=to_openvino.check_file, seen=[]: (seen.append(told), check(*told))[1] "
+    "if not seen else os.kill(os.getpid(), signal.SIGKILL)",
+)
+
+
+def test_what_was_finished_before_a_kill_is_there_and_not_written_again(student, tmp_path):
+    target = tmp_path / "work" / "bundle"
+    command = ["export", "openvino", "-m", str(student.root), str(target)]
+    killed = subprocess.run(
+        [sys.executable, "-c", HALF, *command], capture_output=True, check=False
+    )
+    assert killed.returncode == -9
+    assert list(Bundle.open(target).artifacts) == ["torch-float32", "openvino-float32"]
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*.*") if path.is_file()}
+    assert main(command) == 0
+    assert list(Bundle.open(target).artifacts)[2:] == ["openvino-float16"]
+    kept = {path for path in before if path.suffix in (".xml", ".bin", ".safetensors")}
+    assert len(kept) >= 4
+    assert {path: path.stat().st_mtime_ns for path in kept} == {path: before[path] for path in kept}
+    assert [path.name for path in target.parent.iterdir()] == ["bundle"]
+
+
+def test_what_strays_leaves_what_was_finished_before_it(student, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.to_openvino.check_file", stray)
+    seen = []
+    with pytest.raises(CheckFailedError):
+        export_student(
+            student, tmp_path / "b", ["onnx", "openvino"], None, lambda *what: seen.append(what)
+        )
+    assert list(Bundle.open(tmp_path / "b").artifacts) == ["torch-float32", "onnx-float32"]
+    assert seen[-1] == ("openvino-float32", 2, 4)
+
+
+def test_what_is_written_anew_stays_as_it_was_until_then(only_onnx, student, monkeypatch):
+    monkeypatch.setattr("export.to_onnx.check_file", stray)
+    before = (only_onnx / "onnx/float32/unet.onnx").read_bytes()
+    with pytest.raises(CheckFailedError):
+        export_student(student, only_onnx, ["openvino", "onnx"], ExportOptions(batch=4))
+    held = Bundle.open(only_onnx).artifacts
+    assert {*held} == {"torch-float32", "onnx-float32", "openvino-float32", "openvino-float16"}
+    assert held["onnx-float32"].made_with["options"]["batch"] == 1
+    assert (only_onnx / "onnx/float32/unet.onnx").read_bytes() == before
+
+
 def test_a_network_may_be_written_in_a_process_of_its_own(student, tmp_path, bundle):
     options = ExportOptions(isolate="always")
     made = export_student(student, tmp_path / "b", ["onnx"], options).artifacts["onnx-float32"]
@@ -327,12 +378,29 @@ def test_a_network_may_be_written_in_a_process_of_its_own(student, tmp_path, bun
     assert alone == bundle.path("onnx/float32/unet.onnx").read_bytes()
 
 
-def test_what_will_not_fit_is_refused_before_any_work(student, tmp_path, capsys):
-    command = ["export", "onnx", "-m", student.root, tmp_path / "b", "--max-memory", "100MB"]
-    assert "unet as onnx takes about 0.5 GB of memory (an estimate), more" in refusal(
+def test_what_will_not_fit_is_refused_before_any_work(student, only_onnx, tmp_path, capsys):
+    limited = ["--max-memory", "100MB"]
+    command = ["export", "onnx", "-m", student.root, tmp_path / "b", *limited]
+    assert "all networks together, torch-float32: takes about 0.6 GB of memory" in refusal(
         capsys, *command
     )
     assert not (tmp_path / "b").exists()
+    # Of the reference and ONNX nothing is to be written.
+    assert main(["export", "onnx", "-m", str(student.root), str(only_onnx), *limited]) == 0
+    capsys.readouterr()
+    command = ["export", "openvino", "-m", student.root, only_onnx, *limited]
+    assert "unet, openvino-float32: takes about 0.6 GB of memory" in refusal(capsys, *command)
+
+
+def test_what_large_networks_take_is_said_first(student, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(budget, "LARGE", 1)
+    assert main(["export", "onnx", "-m", str(student.root), str(tmp_path / "b")]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "about" in line]
+    assert [line.partition(": about")[0] for line in told] == [
+        "all networks together, torch-float32",
+        "unet, onnx-float32",
+        "in all",
+    ]
 
 
 def test_progress_names_each_artifact(student, tmp_path):
@@ -368,13 +436,21 @@ def test_help_teaches_and_loads_nothing():
         assert not imported & {"numpy", "torch", "onnx", "openvino", "coremltools", "tqdm"}
 
 
-def test_large_students_are_probed_with_few_samples(student, tmp_path, monkeypatch):
-    monkeypatch.setattr(assemble, "ALONE_ABOVE", 1)
+def test_large_students_are_probed_with_few_samples_one_by_one(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "ALONE_ABOVE", 1)
+    fed = []
+
+    def watched(*told, opened=torch_reference.open):
+        session = opened(*told)
+        return lambda feeds: fed.append(len(feeds["sample"])) or session(feeds)
+
+    monkeypatch.setattr(torch_reference, "open", watched)
     bundle = assemble.export_student(
         student, tmp_path / "bundle", ["onnx"], ExportOptions(isolate="never")
     )
     golden = load_probes(bundle.path("probes/golden.safetensors"))
     calibration = load_probes(bundle.path("probes/calibration.safetensors"))
-    assert len(golden["output"]) == assemble.FEW_GOLDEN
+    assert len(golden["output"]) == reference.FEW_GOLDEN
     rows = len(bundle.table.rows)
-    assert len(calibration["unet.sample"]) == rows * len(assemble.FEW_SEEDS)
+    assert len(calibration["unet.sample"]) == rows * len(reference.FEW_SEEDS)
+    assert fed == [1] * (rows * reference.probing(student).samples)

@@ -9,12 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
 from edgedistill.bundle import CALIBRATION, Bundle, write_bundle, write_manifest
-from quantize import assemble
+from edgedistill.errors import ContractError
+from edgedistill.telemetry import require_silent
+from export import weights
+from export.assemble import export_student
+from quantize import assemble, onnx_files
 
 WEIGHTS = ("--weight-format", "int8", "--only", "onnx")
+_INLINE = 1024  # bytes; smaller constants stay in the graph
 
 
 @pytest.fixture
@@ -74,6 +81,7 @@ def test_an_answer_too_far_off_is_status_1_and_writes_nothing(run, bundle, targe
     assert (status, out) == (1, "")
     assert "onnx-int8-weights, network `unet`: " in err
     assert "dB SNR against onnx-float32 on a held-out call, at least 200 dB is required" in err
+    assert "leave this network as it is: --networks names those to make smaller" in err
     assert list(target.parent.iterdir()) == []
 
 
@@ -82,7 +90,63 @@ def test_a_pattern_that_fits_nothing_is_refused(run, bundle, target):
     status, out, err = run("quantize", bundle.root, target, *words, "--ignored-scope", "nosuch")
     assert (status, out) == (2, "")
     assert "nosuch" in err
+    assert f"{bundle.root}/onnx/float32/unet.onnx: NNCF refuses to quantize it" in err
+    assert "change --ignored-scope" in err
     assert list(target.parent.iterdir()) == []
+
+
+def test_an_answer_that_is_no_number_says_what_to_do(run, bundle, target, monkeypatch):
+    def broken(*_):
+        msg = "Network `unet` returned NaN or infinity in `out_sample`."
+        raise ContractError(msg)
+
+    monkeypatch.setattr(assemble, "_decibels", broken)
+    words = ("--quant-mode", "int8", "--num-samples", "1", "--only", "onnx")
+    status, _, err = run("quantize", bundle.root, target, *words)
+    assert status == 1
+    assert "onnx-int8, network `unet`: Network `unet` returned NaN" in err
+    assert "Nothing was written. Calibrate on more samples, keep more of it in float" in err
+
+
+def _numbers(graph: Path) -> dict[str, np.ndarray]:
+    held = onnx.load(graph).graph.initializer
+    return {item.name: onnx.numpy_helper.to_array(item) for item in held}
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"),
+    [
+        (("--weight-format", "int8"), "int8-weights"),
+        (("--quant-mode", "int8", "--num-samples", "4"), "int8"),
+    ],
+)
+def test_a_graph_whose_weights_lie_beside_it_becomes_the_same(
+    run, student, bundle, target, tmp_path, monkeypatch, words, precision
+):
+    """As those of over 2 GB do: one message of protobuf can hold no more, and NNCF refuses it."""
+    graph = f"onnx/{precision}/unet.onnx"
+    assert run("quantize", bundle.root, target, *words, "--only", "onnx")[0] == 0
+    assert not (target / f"{graph}_data").exists()
+    nncf = require_silent("nncf", "quantize")
+
+    def refuse_weights_inside(model):
+        if any(len(item.raw_data) > _INLINE for item in model.graph.initializer):
+            msg = "The protobuf of onnx model is too large (>2GB)."
+            raise nncf.ValidationError(msg)
+
+    backend = require_silent("nncf.onnx.quantization.quantize_model", "quantize")
+    monkeypatch.setattr(backend, "check_model_protobuf_size", refuse_weights_inside)
+    for module in (weights, onnx_files):
+        monkeypatch.setattr(module, "EXTERNAL_ABOVE", _INLINE)
+    large = export_student(student, tmp_path / "large", ["onnx"])
+    assert (large.root / "onnx/float32/unet.onnx_data").is_file()
+    smaller = target.with_name("of large")
+    assert run("quantize", large.root, smaller, *words, "--only", "onnx")[0] == 0
+    assert (smaller / f"{graph}_data").stat().st_size > 10 * _INLINE
+    wanted, got = _numbers(target / graph), _numbers(smaller / graph)
+    assert wanted.keys() == got.keys()
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value)
 
 
 def test_a_bundle_without_probes_is_refused(run, bundle, target, tmp_path):
@@ -97,9 +161,11 @@ def test_a_bundle_without_probes_is_refused(run, bundle, target, tmp_path):
 
 def test_a_bundle_can_be_added_to_in_place(run, bundle, target):
     _copy(bundle, target)
+    (target / "README.md").write_text("a card")
     assert run("quantize", target, target, *WEIGHTS)[0] == 0
     added = Bundle.open(target)
     assert list(added.artifacts) == [*bundle.artifacts, "onnx-int8-weights"]
+    assert (target / "README.md").read_text() == "a card"
     kept = _tree(bundle.root).items() - {
         ("edgedistill.json", _tree(bundle.root)["edgedistill.json"])
     }

@@ -167,7 +167,7 @@ def test_the_script_compiles_what_apples_swift_package_looks_for(
     folder = shutil.copytree(lcm_root.root / "coreml", tmp_path / "coreml")
     for name, script in (
         ("xcrun", 'mkdir "$4/any.mlmodelc"; echo "$3" > "$4/any.mlmodelc/made"'),
-        ("edgedistill", 'echo "{}"'),
+        ("edgedistill", 'echo "$@"'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -179,6 +179,12 @@ def test_the_script_compiles_what_apples_swift_package_looks_for(
         f"{name}.mlmodelc": f"packages/Stable_Diffusion_version_lcm_{network}.mlpackage\n"
         for name, network in zip(names, NETWORKS, strict=True)
     }
+    # What is verified is what was compiled: the runtime finds it beside the package.
+    told = (folder / "report.json").read_text()
+    assert told == "parity .. --runtime coreml --device all --compiled --json\n"
+    for name, network in zip(names, NETWORKS, strict=True):
+        beside = folder / f"packages/Stable_Diffusion_version_lcm_{network}.mlmodelc"
+        assert beside.resolve() == (folder / f"Resources/{name}.mlmodelc").resolve()
 
 
 def test_a_pipeline_is_called_as_where_it_is_from(tiny_pipelines, tmp_path) -> None:

@@ -300,6 +300,34 @@ def test_off_macos_the_runtime_says_that_it_is_not_the_neural_engine(guided, pac
         coreml.open(package, guided[1], {"device": "ane"})
 
 
+def test_what_was_compiled_is_run_when_asked(guided, package, tmp_path, monkeypatch):
+    import coremltools
+
+    there = Path(shutil.copytree(package, tmp_path / "unet.mlpackage"))
+    opened = []
+
+    class Compiled:
+        def __init__(self, path, compute_units):
+            opened.append((path, compute_units.name))
+
+        def predict(self, feeds):
+            return {"out_sample": feeds["sample"] + 1}
+
+    monkeypatch.setattr(coremltools.models, "CompiledMLModel", Compiled)
+    monkeypatch.setattr(coreml, "_on_macos", lambda: True)
+    asked = {"device": "ane", "compiled": True}
+    with pytest.raises(BundleError, match=r"unet\.mlmodelc: no such compiled model; make it with"):
+        coreml.open(there, guided[1], asked)
+    (tmp_path / "Unet.mlmodelc").mkdir()
+    (tmp_path / "unet.mlmodelc").symlink_to("Unet.mlmodelc")
+    feeds = feeds_of(guided[1], 250)
+    made = coreml.open(there, guided[1], asked)(feeds)
+    np.testing.assert_array_equal(made["out_sample"], feeds["sample"] + 1)
+    assert opened == [(str(tmp_path / "unet.mlmodelc"), "CPU_AND_NE")]
+    with pytest.raises(ConfigError, match="run by Core ML itself, on macOS only; leave --compiled"):
+        coreml.open(there, guided[1], {"device": "reference", "compiled": True})
+
+
 @pytest.mark.mac
 @pytest.mark.skipif(sys.platform != "darwin", reason="Core ML runs on macOS only; not run here")
 @pytest.mark.parametrize(("precision", "floor"), [("float32", 60), ("float16", 40)])

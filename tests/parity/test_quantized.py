@@ -13,7 +13,7 @@ from edgedistill.noise import noise_bank
 from edgedistill.pipeline import Pipeline
 from edgedistill.probes import load_probes
 from edgedistill.sampler import run_row
-from export.assemble import CALIBRATION_SEEDS
+from export.reference import CALIBRATION_SEEDS
 from quantize.assemble import quantize_bundle
 from quantize.config import PtqConfig, WeightOnlyConfig
 

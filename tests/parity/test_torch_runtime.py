@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import edgedistill
 from edgedistill.errors import BundleError, ConfigError
 from edgedistill.models import store
+from edgedistill.models.source import open_source
 from edgedistill.probes import load_probes
 from export.frozen import examples
 from runtimes import torch_reference
@@ -81,6 +82,28 @@ def test_weights_that_are_not_finite_are_refused(folder, student, bad):
     save_file(state, folder / store.WEIGHTS)
     with pytest.raises(BundleError, match=r"`conv_out\.bias` holds NaN or infinity"):
         torch_reference.open(folder, student.signatures["unet"], {})
+
+
+def test_both_halves_of_an_autoencoder_are_read_once_while_one_is_open(tiny_pipelines, monkeypatch):
+    source = open_source(tiny_pipelines / "sd", num_steps=1)
+    read = []
+    monkeypatch.setattr(
+        store, "load", lambda folder, load=store.load: read.append(folder.name) or load(folder)
+    )
+    wanted = {}
+    for together in (False, True):
+        held = []
+        for name in ("vae_decoder", "vae_encoder"):
+            signature = source.signatures[name].with_batch(1)
+            names = [spec.name for spec in signature.inputs]
+            feeds = {n: v.numpy() for n, v in zip(names, examples(signature), strict=True)}
+            session = torch_reference.open(source.folder(name), signature, {})
+            held += [session] if together else []
+            for output, got in session(feeds).items():
+                np.testing.assert_array_equal(got, wanted.setdefault((name, output), got))
+            del session
+        assert read == (["vae"] if together else ["vae", "vae"])
+        read.clear()
 
 
 @pytest.mark.parametrize(

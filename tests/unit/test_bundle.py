@@ -267,6 +267,97 @@ def test_a_writer_that_fails_leaves_the_old_bundle(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+OTHERS = {
+    "README.md": "a card",
+    "coreml/report.json": "what a Mac said",
+    "coreml/Resources/Unet.mlmodelc/model.mil": "compiled of a package",
+    "onnx/float32/unet.optimized.onnx": "made of a graph",
+}
+
+
+def put_others(small) -> None:
+    """Put beside the files of a bundle what no manifest lists."""
+    for name, text in OTHERS.items():
+        (small.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (small.root / name).write_text(text)
+    (small.root / "latest").symlink_to("onnx")
+
+
+def others_in(root) -> set[str]:
+    held = set(json.loads((root / MANIFEST).read_text())["files"])
+    assert not held & {*OTHERS, "latest"}
+    there = {str(p.relative_to(root)) for p in root.rglob("*") if p.is_symlink() or p.is_file()}
+    return there - held - {MANIFEST}
+
+
+def test_what_the_manifest_does_not_list_stays_where_it_was(small):
+    put_others(small)
+    added = write_bundle(small.root, small, lambda _: None, small.artifacts)
+    assert others_in(small.root) == {*OTHERS, "latest"}
+    assert (small.root / "latest").readlink().name == "onnx"
+    assert {name: (small.root / name).read_text() for name in OTHERS} == OTHERS
+    (small.root / "README.md").write_text("a card that was edited")
+    assert Bundle.open(small.root) == added
+
+
+def test_what_may_be_made_of_a_replaced_artifact_goes_with_it(small):
+    put_others(small)
+
+    def anew(draft):
+        for name in ("onnx/float32/unet.onnx", "README.md"):
+            (draft.root / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft.root / name).write_text("new")
+        draft.add(artifact("onnx", "onnx/float32/unet.onnx"))
+
+    write_bundle(small.root, small, anew, ["torch-float32"])
+    assert {name for name in OTHERS if (small.root / name).is_file()} == {
+        "README.md",
+        "coreml/report.json",
+        "coreml/Resources/Unet.mlmodelc/model.mil",
+    }
+    assert (small.root / "README.md").read_text() == "new"
+
+
+def test_another_bundle_in_its_place_gets_nothing_of_it(small):
+    put_others(small)
+    fresh = Bundle(small.root.parent, "new", "e" * 64, small.table, {}, {})
+    write_bundle(small.root, fresh, fill)
+    assert others_in(small.root) == set()
+
+
+def test_what_is_kept_is_neither_copied_nor_hashed_again(small, monkeypatch):
+    large = small.root / "onnx/float32/unet.onnx_data"
+    before, taken = large.stat().st_ino, []
+
+    def recorded(path):
+        taken.append(path.name)
+        return sha256(path)
+
+    monkeypatch.setattr(bundles, "sha256", recorded)
+    monkeypatch.setattr(manifests, "sha256", recorded)
+    for _ in range(2):
+        small = write_bundle(small.root, small, lambda _: None, small.artifacts)
+    assert large.stat().st_ino == before
+    # Of tables and probes, which are written or copied; the rest was hashed when it was written.
+    assert set(taken) == {"sampler.json", "golden.safetensors"}
+    assert Bundle.open(small.root) == small
+
+
+def test_where_the_system_has_no_links_what_is_kept_is_copied(small, monkeypatch):
+    def refuse(*_paths, **_options):
+        raise PermissionError(1, "Operation not permitted")
+
+    before = snapshot(small.root)
+    monkeypatch.setattr("os.link", refuse)
+    write_bundle(small.root, small, lambda _: None, small.artifacts)
+    assert snapshot(small.root) == before
+
+
+def test_a_bundle_made_of_another_one_shares_no_file_with_it(small, tmp_path):
+    twin = write_bundle(tmp_path / "twin", small, lambda _: None, small.artifacts)
+    assert not any((small.root / name).samefile(twin.root / name) for name in FILES)
+
+
 def test_the_table_of_a_newer_version_is_refused(small):
     table = small.root / "sampler.json"
     table.write_text(table.read_text().replace('"spec_version": "1.2"', '"spec_version": "3.1"'))

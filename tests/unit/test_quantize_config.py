@@ -97,11 +97,12 @@ def test_settings_reach_nncf(monkeypatch, config, smooth, corrects):
     seen = {}
     monkeypatch.setattr(nncf, "quantize", lambda *_, **given: seen.update(given))
     batches = with_nncf._Passes([{}] * 3, lambda items, _: items)
-    with_nncf._quantize(nncf, None, config, batches)
+    with_nncf._quantize(nncf, None, config, batches, {"external_data_dir": "/where"})
     advanced = seen["advanced_parameters"]
     assert seen["subset_size"] == 3
     assert advanced.smooth_quant_alphas.matmul == smooth
     assert advanced.disable_bias_correction != corrects
+    assert advanced.backend_params == {"external_data_dir": "/where"}
 
 
 def test_help_loads_nothing_heavy():
