@@ -130,11 +130,13 @@ def transfer_rows(lines: Sequence[Line], _: Baselines | None) -> Rows:
 
 
 def shared_rows(lines: Sequence[Line], _: Baselines | None) -> Rows:
-    """Yield one row for each total length of training; the columns are numbers of students."""
+    """Yield one row for each total length of training that there is; the columns are numbers of students."""
     found = {line["run"]: line for line in lines}
     for total in TOTALS:
         own = {k: found.get(f"msd-{k}-of-{total}") for k in STUDENTS}
         there = {k: line["report"]["frechet"] for k, line in own.items() if line is not None}
+        if not there:
+            continue
         cells = [
             f"{line['report']['frechet']:.3f} ({line['report']['recall']:.2f})" if line else ""
             for line in own.values()
