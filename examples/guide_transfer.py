@@ -25,7 +25,7 @@ from edgedistill.models.replace import replace_network
 from edgedistill.models.run import sample_torch
 from edgedistill.student import Student
 from edgedistill.teacher import Teacher
-from train_digits_teacher import build_scheduler, loss_of_batch, write
+from train_digits_teacher import losses, write
 
 PEAK_LR = 1e-3
 COUNT = 1000
@@ -44,12 +44,11 @@ def fine_tune(network: UNet2DModel, data: Images, steps: int) -> UNet2DModel:
     """Go on training a copy, as the teacher was trained."""
     network = copy.deepcopy(network).train().requires_grad_(requires_grad=True)
     optimiser = torch.optim.AdamW(network.parameters(), lr=PEAK_LR, betas=(0.9, 0.99))
-    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    draw = torch.Generator().manual_seed(0)
+    source = losses(network, data, 0)
     for step in tqdm(range(steps), desc="fine-tuning", disable=None):
         for group in optimiser.param_groups:
             group["lr"] = PEAK_LR * min(1.0, (step + 1) / 10) * (1 - step / steps)
-        loss_of_batch(network, build_scheduler(), images, labels, draw).backward()
+        next(source).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()

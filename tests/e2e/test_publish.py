@@ -189,7 +189,7 @@ def test_the_commands_say_where_it_lies(
     back = tmp_path / "back"
     status, told, _ = run("pull", REPOSITORY, back)
     assert (status, told) == (0, f"Written: {back} ({bundle.name})\n")
-    told = json.loads(run("pull", REPOSITORY, back, "--json")[1])
+    told = json.loads(run("pull", REPOSITORY, back, "--overwrite", "--json")[1])
     assert told == {
         "bundle": str(back),
         "name": bundle.name,

@@ -23,7 +23,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield load
     for name in set(sys.modules) - before:
-        if name.startswith("quality") or name in ("guide_transfer", "train_digits_teacher"):
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == EXAMPLES:
             del sys.modules[name]
 
 
