@@ -1,11 +1,12 @@
 """Consistency trajectories: every term does what its name says, and what they cannot begin from is refused."""
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from edgedistill.errors import ConfigError
@@ -33,34 +34,19 @@ SETTINGS = ctm.CtmSettings(
 )
 
 
-def unet() -> nn.Module:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        add_attention=False,
-        num_class_embeds=5,
-    ).eval()
+@pytest.fixture
+def context(stock: nn.Module) -> Callable[..., Context]:
+    """Make what a method builds its plan from, for a schedule and a prediction."""
 
+    def make(config: dict[str, Any] = COSINE, kind: str = "v_prediction") -> Context:
+        predicted = PredictionType(kind)
+        teacher = Denoiser(copy.deepcopy(stock), Schedule.from_config(config), predicted)
+        classes = (Condition("class_labels", "class", 4),)
+        return Context(
+            "ctm", teacher, stock, config, predicted, SHAPE, classes, {"class_labels": 4}
+        )
 
-def context(config: dict[str, Any] = COSINE, kind: str = "v_prediction") -> Context:
-    schedule, predicted = Schedule.from_config(config), PredictionType(kind)
-    return Context(
-        "ctm",
-        Denoiser(unet(), schedule, predicted),
-        unet(),
-        config,
-        predicted,
-        SHAPE,
-        (Condition("class_labels", "class", 4),),
-        {"class_labels": 4},
-    )
+    return make
 
 
 def noise(seed: int) -> Tensor:
@@ -85,7 +71,7 @@ def gradient(term: Tensor, weight: Tensor) -> Tensor:
     return torch.autograd.grad(term, weight, retain_graph=True)[0]
 
 
-def test_a_step_along_the_adversarial_term_makes_the_critic_take_more_for_data() -> None:
+def test_a_step_along_the_adversarial_term_makes_the_critic_take_more_for_data(context) -> None:
     plan = ctm.plan(SETTINGS, context())
     student, scores = plan.phases[1].updates[0], []
     step, again = steps_of(plan)
@@ -100,6 +86,7 @@ def test_a_step_along_the_adversarial_term_makes_the_critic_take_more_for_data()
 
 
 def test_every_term_moves_the_last_layer_as_much_as_the_consistency_loss(
+    context,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for bounds in ("DENOISING_BOUNDS", "ADVERSARIAL_BOUNDS"):
@@ -115,7 +102,7 @@ def test_every_term_moves_the_last_layer_as_much_as_the_consistency_loss(
     assert norms["adversarial"] == pytest.approx(norms["consistency"], rel=0.01)
 
 
-def test_an_untrained_critic_is_undecided_and_its_loss_is_its_own() -> None:
+def test_an_untrained_critic_is_undecided_and_its_loss_is_its_own(context) -> None:
     plan = ctm.plan(SETTINGS, context())
     step, _ = steps_of(plan)
     loss = plan.phases[1].updates[1].loss(step).terms["critic"]
@@ -131,7 +118,7 @@ def test_an_untrained_critic_is_undecided_and_its_loss_is_its_own() -> None:
 
 @pytest.mark.parametrize(("config", "kind"), [(ZERO_SNR, "v_prediction"), (FLOW, "flow")])
 def test_targets_from_pure_noise_are_finite_and_heuns_rule_is_refused_there(
-    config: dict[str, Any], kind: str
+    context, config: dict[str, Any], kind: str
 ) -> None:
     made, settings = (
         context(config, kind),
@@ -147,14 +134,14 @@ def test_targets_from_pure_noise_are_finite_and_heuns_rule_is_refused_there(
         ctm.plan(dataclasses.replace(settings, solver="heun"), made)
 
 
-def test_heuns_rule_needs_a_first_step_that_is_not_too_long() -> None:
+def test_heuns_rule_needs_a_first_step_that_is_not_too_long(context) -> None:
     heun = dataclasses.replace(SETTINGS, solver="heun")
     assert ctm.plan(heun, context()).phases
     with pytest.raises(ConfigError, match="set `solver: dpm`"):
         ctm.plan(dataclasses.replace(heun, grid=GridSettings("trailing", 9)), context())
 
 
-def test_a_grid_that_begins_below_the_first_noise_is_refused() -> None:
+def test_a_grid_that_begins_below_the_first_noise_is_refused(context) -> None:
     grid = GridSettings(points=9, sigma_max=40.0)
     with pytest.raises(ConfigError, match=r"scale 39\.9.*scale 80\.01; raise `sigma_max`"):
         ctm.plan(dataclasses.replace(SETTINGS, grid=grid), context(EDM, "edm"))
@@ -167,7 +154,7 @@ def test_a_grid_that_begins_below_the_first_noise_is_refused() -> None:
     [(COSINE, "v_prediction", 1.0), (FLOW, "flow", 1.0), (EDM, "edm", 1000.0)],
 )
 def test_a_student_can_tell_the_times_of_its_grid_apart(
-    config: dict[str, Any], kind: str, scale: float
+    context, config: dict[str, Any], kind: str, scale: float
 ) -> None:
     made = context(config, kind)
     assert made.student("s").network.config["scalar_inputs"] == {"s": scale}
