@@ -11,6 +11,8 @@ from torch import Tensor
 
 from edgedistill.errors import require
 
+from .enlarging import Source, split_enlarged
+
 EXTERNAL_ABOVE = (
     400_000_000  # bytes of weights; one protobuf message is held whole, and ends at 2 GiB
 )
@@ -31,15 +33,14 @@ MOVES = frozenset(
     }
 )
 
-Source = Callable[[], np.ndarray]
-
 
 def save_graph(
     model: Any, weights: Mapping[str, Tensor], path: Path, moves: frozenset[str] = MOVES
 ) -> None:
     """Write an ONNX model whose weights are still inputs, holding one weight in memory at a time.
 
-    Nodes that only move a weight are replaced by the moved weight, as PyTorch's exporter replaces them.
+    Nodes that only move a weight are replaced by the moved weight, as PyTorch's exporter replaces them, and
+    convolutions of enlarged images by smaller ones.
 
     Args:
         model: Changed in place: inputs become initializers.
@@ -49,6 +50,7 @@ def save_graph(
     """
     graph = model.graph
     sources = _take_sources(graph, weights)
+    split_enlarged(graph, sources, _reads(graph))
     _fold(graph, sources, set(weights), moves)
     used = dict.fromkeys(name for name in _reads(graph) if name in sources)
     size = sum(value.nbytes for value in weights.values()) + sum(
