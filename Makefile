@@ -37,7 +37,7 @@ teacher: .venv/done  ## Train the packaged teachers again and compare them byte 
 bench-cold: .venv/done  ## Process start to picture, against a bare script.
 	$(BIN)/python examples/bench_cold_start.py
 
-bench-pipelines: .venv/done  ## Ours beside optimum's and OpenVINO GenAI's pipelines; SIZE=sd15 at full size, WORK=DIR with 13 GB.
+bench-pipelines: .venv/done  ## Ours beside optimum's and OpenVINO GenAI's pipelines; SIZE=sd15 at full size, WORK=DIR with 21 GB.
 	$(BIN)/python examples/bench_pipelines.py --size $(or $(SIZE),tiny) --work $(or $(WORK),build/bench-pipelines)
 
 bench-decoders: .venv/done  ## Ways to decode a latent of Stable Diffusion's: time, memory, dB; SIDE=1024, WORK=DIR with 1 GB.
