@@ -1,6 +1,8 @@
 """Write a tiny pipeline of random weights, a folder as diffusers writes it: what loaders and exports are tried on.
 
-python examples/make_tiny_pipeline.py --kind sd|sd2|lcm|sdxl|controlnet|sdxl-controlnet|unconditional|class|dit OUT [--seed 0]
+python examples/make_tiny_pipeline.py --kind KIND OUT [--seed 0]
+
+KIND is one of sd, sd2, lcm, sdxl, sdxl-lcm, controlnet, sdxl-controlnet, unconditional, class, dit.
 
 The networks are those of the known architectures, each made narrow and shallow; the tokenizer is CLIP's
 with a vocabulary of bytes and a few words. It takes seconds and a few megabytes.
@@ -177,18 +179,23 @@ def _side_of(unet: diffusers.UNet2DConditionModel) -> diffusers.ControlNetModel:
     return side
 
 
-def _sdxl() -> diffusers.DiffusionPipeline:
+def _sdxl(**unet: Any) -> diffusers.DiffusionPipeline:
     name = "stable-diffusion-xl-base-1.0"
+    scheduler = diffusers.LCMScheduler if unet else diffusers.EulerDiscreteScheduler
     return diffusers.StableDiffusionXLPipeline(
         vae=_vae(name),
         text_encoder=_text_encoder(name),
         text_encoder_2=_text_encoder(name, "text_encoder_2"),
         tokenizer=_tokenizer(),
         tokenizer_2=_tokenizer(padding="!"),
-        unet=tiny_unet(name),
-        scheduler=_scheduler(diffusers.EulerDiscreteScheduler, name),
+        unet=tiny_unet(name, **unet),
+        scheduler=_scheduler(scheduler, name),
         add_watermarker=False,
     )
+
+
+def _sdxl_lcm() -> diffusers.DiffusionPipeline:
+    return _sdxl(time_cond_proj_dim=256)
 
 
 def _unconditional() -> diffusers.DiffusionPipeline:
@@ -216,6 +223,7 @@ KINDS: dict[str, Callable[[], diffusers.DiffusionPipeline]] = {
     "sd2": _sd2,
     "lcm": _lcm,
     "sdxl": _sdxl,
+    "sdxl-lcm": _sdxl_lcm,
     "controlnet": _controlnet,
     "sdxl-controlnet": _sdxl_controlnet,
     "unconditional": _unconditional,

@@ -109,7 +109,18 @@ def test_what_is_computed_is_counted_and_the_weights_are_not():
 
 @pytest.mark.parametrize(
     "kind",
-    ["sd", "sd2", "lcm", "sdxl", "controlnet", "sdxl-controlnet", "unconditional", "class", "dit"],
+    [
+        "sd",
+        "sd2",
+        "lcm",
+        "sdxl",
+        "sdxl-lcm",
+        "controlnet",
+        "sdxl-controlnet",
+        "unconditional",
+        "class",
+        "dit",
+    ],
 )
 def test_the_networks_of_every_kind_of_pipeline_are_told(tiny_pipelines: Path, kind: str) -> None:
     source = open_source(tiny_pipelines / kind, num_steps=1)
