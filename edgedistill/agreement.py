@@ -9,8 +9,6 @@ import numpy as np
 from edgedistill.errors import ContractError
 
 DB_LIMIT = 999.0
-# Rounding in float32, up to 1e-6 of an output, moves the gain of a response of this size by at most 0.001.
-FAINT = 1e-3
 TOLERANCE = 1e-6
 """Of a coefficient, relative to it or to 1, whichever is larger."""
 
@@ -100,14 +98,15 @@ def response_gain(reference: np.ndarray, got: np.ndarray) -> float:
     return float(a @ b / (a @ a))
 
 
-def is_faint(response: np.ndarray, output: np.ndarray) -> bool:
+def is_faint(response: np.ndarray, output: np.ndarray, least: float) -> bool:
     """Say whether a response is too small beside the output for its gain to be measured.
 
     Args:
         response: Changes of the reference's output when a condition changes.
         output: The reference's output; both are compared by their root mean square.
+        least: Share of the output that is large enough, such as `edgedistill.parity.Floor.faint`.
     """
-    return 0 < _rms(response) < FAINT * _rms(output)
+    return 0 < _rms(response) < least * _rms(output)
 
 
 def is_close(found: float | None, expected: float | None) -> bool:

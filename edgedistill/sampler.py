@@ -1,6 +1,7 @@
 """The one loop that runs a sampler table; it knows no method and works on any arrays."""
 
 import functools
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,11 +147,13 @@ def embedded(
 
 
 def _beside(first: Array, second: Array) -> Array:
-    """Put two arrays side by side on the last axis, of whatever library."""
-    width = first.shape[-1]
-    whole = first[..., [*range(width), *[0] * second.shape[-1]]]
-    whole[..., width:] = second
-    return whole
+    """Put two arrays side by side on the last axis, of whatever library, as the one operation that converters know."""
+    if isinstance(first, np.ndarray):
+        return np.concatenate((first, second), axis=-1)
+    library = sys.modules[
+        type(first).__module__.partition(".")[0]
+    ]  # torch, which nothing here imports
+    return library.cat((first, second), -1)
 
 
 def latent_of(table: SamplerTable, encoder: Network, images: Array) -> Array:

@@ -1,6 +1,5 @@
 """The parity report in rows of text, for the terminal and the page alike."""
 
-from edgedistill.agreement import FAINT
 from edgedistill.parity import ArtifactParity, Floor, ParityReport
 
 DEVICE = "device"
@@ -57,11 +56,15 @@ def notes(report: ParityReport) -> list[str]:
         if item.runtime == DEVICE
     ]
     skipped = [f"{item.name} skipped: {item.skipped}" for item in report.artifacts if item.skipped]
-    faint = {(item.sampler, name): None for item in report.artifacts for name in item.faint}
+    faint = {
+        (item.precision, item.sampler, name): item.floor.faint
+        for item in report.artifacts
+        for name in item.faint
+    }
     faintly = [
-        f"No gain for {name} (sampler {sampler}): it moves the reference's samples by less than {FAINT:g} "
-        "of their size."
-        for sampler, name in faint
+        f"No gain in {precision} for {name} (sampler {sampler}): it moves the reference's samples by less "
+        f"than {least:.2g} of their size."
+        for (precision, sampler, name), least in faint.items()
     ]
     return [*written, *skipped, *faintly]
 

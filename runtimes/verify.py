@@ -192,7 +192,11 @@ def finished(
     """Add what the finished samples tell."""
     low, high = table.space["value_range"]
     responses = _responses(golden, output)
-    faint = tuple(name for name, (own, _) in responses.items() if is_faint(own, golden.output))
+    faint = tuple(
+        name
+        for name, (own, _) in responses.items()
+        if is_faint(own, golden.output, entry.floor.faint)
+    )
     return replace(
         entry,
         image=compare(golden.output, output, peak=high - low),

@@ -1,8 +1,9 @@
 """What is opened end to end: a hand-written bundle for a runtime of a few lines; recipes made short."""
 
+import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,14 @@ from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import require
 from edgedistill.files import read_json
 from edgedistill.network import CheckedNetwork
+from edgedistill.noise import noise_bank
+from edgedistill.pipeline import load
+from edgedistill.plans import PORTABLE
 from edgedistill.table import Condition, Guidance, Next, Row, SamplerTable, Stage
 from edgedistill.teacher import PACKAGED
 
 if TYPE_CHECKING:
+    from edgedistill.student import Student
     from edgedistill.training.recipe import Recipe
 
 SHAPE = (1, 8, 8)
@@ -215,3 +220,47 @@ def _shortened(settings: Mapping[str, Any], group: str = "") -> Iterator[str]:
             yield from _shortened(value, f"{group}{key}.")
         elif key in SHORT:
             yield f"{group}{key}={SHORT[key]}"
+
+
+DDIM = {**PORTABLE, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+# Unclipped, the estimates of a random network in pixels reach hundreds, of which float32 keeps no 1e-4.
+OF_KIND = {"sd": DDIM, "sdxl": DDIM, "class": {**DDIM, "clip_sample": True}}
+
+
+@pytest.fixture(scope="session")
+def opened(tiny_pipelines: Path) -> "Callable[..., Student]":
+    """Open a tiny pipeline with a sampler per number of steps, ``steps1`` and so on, the first the default."""
+    from edgedistill.models.source import open_source
+
+    def call(kind: str, scale: float | None, steps: Sequence[int]) -> "Student":
+        scheduler = OF_KIND.get(kind)
+        made = {
+            f"steps{count}": open_source(
+                tiny_pipelines / kind, num_steps=count, guidance_scale=scale, scheduler=scheduler
+            )
+            for count in steps
+        }
+        first = next(iter(made.values()))
+        return dataclasses.replace(first, further={name: one.table for name, one in made.items()})
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Run a bundle from seeds 5 and 6; gives the last latents, and the images in [0, 1]."""
+
+    def call(
+        bundle: bundles.Bundle, runtime: str, sampler: str | None = None, **asked: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        table = bundle.samplers[sampler or "default"]
+        states: list[np.ndarray] = []
+        made = load(bundle, runtime)(
+            sampler=sampler,
+            noise=noise_bank(table, [5, 6]),
+            observe=lambda trace: states.append(trace.next),
+            **asked,
+        )
+        return states[-1], made.array / 2 + 0.5
+
+    return call

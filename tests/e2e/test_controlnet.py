@@ -25,6 +25,7 @@ from edgedistill.student import Student
 from export.assemble import export_student
 from export.formats import ExportOptions
 from export.single_root import resized
+from runtimes.verify import verify
 
 # diffusers 0.39 converts tensors in a way that numpy 2 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -156,6 +157,17 @@ def test_apples_packages_are_those_of_a_controlnet(single: Path, wanted: np.ndar
         item.name: item for item in side.outputs
     }
     assert {item.shape[0] for item in (*side.inputs, *unet.inputs)} == {2}
+
+
+@pytest.mark.slow
+def test_apples_packages_reach_their_floors_and_rounding_is_taken_for_no_response(
+    single: Path,
+) -> None:
+    report = verify([Bundle.open(single)], runtimes=["coreml"])
+    assert report.failures == ()
+    assert [item.sampler for item in report.artifacts] == ["default", "swift"]
+    # Random weights hardly hear a prompt.
+    assert all("input_ids" in item.faint for item in report.artifacts)
 
 
 @pytest.mark.slow

@@ -136,10 +136,13 @@ def test_a_collapsed_response_fails_although_every_db_floor_holds(run, make, fak
 
 def test_a_response_of_rounding_size_is_named_and_not_judged(run, make, monkeypatch):
     bundle = make({"fake-int8": ("fake", "int8")})
-    monkeypatch.setattr("edgedistill.agreement.FAINT", 0.5)
+    monkeypatch.setattr("edgedistill.parity.Floor.faint", 0.5)
     status, out, _ = run("parity", bundle)
     assert status == 0
-    assert "No gain for w (sampler default): it moves the reference's samples by less than" in out
+    told = (
+        "No gain in int8 for w (sampler default): it moves the reference's samples by less than 0.5"
+    )
+    assert told in out
     _, out, _ = run("parity", bundle, "--json")
     (item,) = json.loads(out)["artifacts"]
     assert "w" in item["faint"]

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from edgedistill.agreement import Agreement
+from edgedistill.agreement import Agreement, response_gain
 from edgedistill.errors import ConfigError
 from edgedistill.parity import FLOORS, ArtifactParity, ParityReport, RowParity, floor_of
 
@@ -35,6 +35,18 @@ def test_floors_fall_from_the_network_to_the_samples_and_give_a_reason():
         assert 0 < floor.sensitivity < 1
         assert len(floor.reason) > 30
     assert (FLOORS["float32"].raw, FLOORS["float16"].raw) == (100.0, 50.0)
+
+
+@pytest.mark.parametrize("precision", FLOORS)
+def test_rounding_moves_no_gain_out_of_its_floor_where_the_response_is_large_enough(
+    precision: str,
+) -> None:
+    floor = FLOORS[precision]
+    change = RANDOM / np.sqrt(np.mean(RANDOM**2))
+    moved = (floor.faint + floor.rounding) * change
+    gain = response_gain(floor.faint * change, moved)
+    assert gain == pytest.approx(1 + floor.sensitivity)
+    assert (FLOORS["float32"].faint, FLOORS["float16"].faint) == pytest.approx((1e-3, 0.04))
 
 
 def test_an_unknown_precision_has_no_floor():
