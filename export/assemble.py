@@ -33,7 +33,7 @@ from . import budget
 from .budget import Task
 from .dialects import plain
 from .foretold import tasks_of
-from .formats import FORMATS, ExportOptions, Job, jobs
+from .formats import FORMATS, ExportOptions, Job, jobs, require_modules
 from .layouts import SINGLE_ROOT
 from .loader_files import check_jobs, lacking_files, write_loader_files
 from .networks import (
@@ -110,7 +110,7 @@ def check_export(
         target, formats, options: As for `export_student`.
 
     Raises:
-        BundleError, ConfigError, ContractError: As `export_student`.
+        BundleError, ConfigError, ContractError, MissingDependencyError: As `export_student`.
     """
     refuse_taken(target)
     wanted = _wanted(student, formats, options)
@@ -173,7 +173,8 @@ def _estimated(
     kept: Collection[str],
     missing: Missing,
 ) -> list[Task]:
-    """Return what is to be written, if there is the memory and the disk for it."""
+    """Return what is to be written, if there are the packages, the memory and the disk for it."""
+    require_modules(job for job, _ in missing)
     tasks = tasks_of(student, missing, None if REFERENCE in kept else probing(student))
     budget.check(tasks, target, options.max_memory)
     return tasks
