@@ -362,9 +362,9 @@ def _memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _foretell(tasks: list[budget.Task]) -> None:
-    """Say what large networks will take."""
-    for line in budget.lines(tasks):
+def _foretell(lines: list[str]) -> None:
+    """Say what large networks will take, and what is replaced."""
+    for line in lines:
         print(line, file=sys.stderr)
 
 
