@@ -10,18 +10,9 @@ from typing import Any
 from torch import nn
 
 import edgedistill
-from edgedistill.bundle import (
-    REFERENCE,
-    Artifact,
-    Bundle,
-    Draft,
-    NetworkFile,
-    another_student,
-    refuse_taken,
-    start_from,
-    write_bundle,
-)
+from edgedistill.bundle import REFERENCE, Artifact, Bundle, NetworkFile
 from edgedistill.contract import BATCH, Signature
+from edgedistill.drafts import Draft, another_student, refuse_taken, start_from, write_bundle
 from edgedistill.errors import BundleError
 from edgedistill.manifest import MANIFEST
 from edgedistill.models.variant import done_to_weights

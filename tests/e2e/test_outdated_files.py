@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from edgedistill.bundle import Bundle, write_manifest
+from edgedistill.bundle import Bundle
+from edgedistill.drafts import write_manifest
 from edgedistill.files import read_json, write_json
 
 pytestmark = [
