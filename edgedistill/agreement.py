@@ -98,15 +98,14 @@ def response_gain(reference: np.ndarray, got: np.ndarray) -> float:
     return float(a @ b / (a @ a))
 
 
-def is_faint(response: np.ndarray, output: np.ndarray, least: float) -> bool:
-    """Say whether a response is too small beside the output for its gain to be measured.
+def response_share(response: np.ndarray, output: np.ndarray) -> float:
+    """Return how large a response is beside the output, both by their root mean square.
 
     Args:
         response: Changes of the reference's output when a condition changes.
-        output: The reference's output; both are compared by their root mean square.
-        least: Share of the output that is large enough, such as `edgedistill.parity.Floor.faint`.
+        output: The reference's output, not zero.
     """
-    return 0 < _rms(response) < least * _rms(output)
+    return _rms(response) / _rms(output)
 
 
 def is_close(found: float | None, expected: float | None) -> bool:

@@ -22,6 +22,10 @@ _COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
 }
 
 
+COMMANDS = ("export", "quantize", "sample", "parity")
+"""What uses packages that bundles are written with or run on."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two packages that do not work together.
@@ -33,6 +37,7 @@ class Pair:
         what_happens: If they meet.
         way_out: What to run.
         source: Where it is told or was seen.
+        commands: Those that it keeps from working.
         fails: False for what works but was not tested by its makers.
     """
 
@@ -44,6 +49,7 @@ class Pair:
     what_happens: str
     way_out: str
     source: str
+    commands: tuple[str, ...] = COMMANDS
     fails: bool = True
 
 
@@ -56,6 +62,7 @@ PAIRS = (
         "conversion to Core ML fails",
         'pip install "numpy<2.4"',
         "apple/coremltools#2633",
+        ("export", "quantize"),
     ),
     Pair(
         *("optimum-onnx", "<=0.1.0", "optimum-intel", ">=2.0"),
@@ -134,16 +141,17 @@ _MAC = "coreml: Xcode's compiler `xcrun coremlcompiler` is not there; run: xcode
 _NO_MAC = "coreml: packages are written and evaluated here; Core ML itself compiles and runs them on a Mac alone"
 
 
-def known_bad(extras: Collection[str] | None = None) -> list[str]:
+def known_bad(extras: Collection[str] | None = None, command: str | None = None) -> list[str]:
     """Return one sentence per pair of installed packages that do not work together.
 
     Args:
         extras: Only pairs that one of these uses; None: all.
+        command: Only pairs that keep this one of `COMMANDS` from working; None: all.
     """
     return [
         f"{_met(pair)}: {pair.what_happens} ({pair.source}); run: {pair.way_out}"
         for pair in _meeting(extras)
-        if pair.fails
+        if pair.fails and command in (None, *pair.commands)
     ]
 
 
@@ -157,9 +165,9 @@ def notes() -> list[str]:
     return [*untested, *_compilers()]
 
 
-def warn_known_bad(extras: Collection[str]) -> None:
-    """Say on stderr which packages of these extras do not work together, before the work begins."""
-    for sentence in known_bad(extras):
+def warn_known_bad(extras: Collection[str], command: str = "export") -> None:
+    """Say on stderr which packages of these extras do not work together, before a command's work begins."""
+    for sentence in known_bad(extras, command):
         sys.stderr.write(f"edgedistill: known to fail: {sentence}\n")
 
 
@@ -181,9 +189,10 @@ def fits(version: str, bounds: str) -> bool:
 def _meeting(extras: Collection[str] | None) -> Iterator[Pair]:
     """Yield the pairs that are both installed in versions that do not work together."""
     for pair in PAIRS:
+        if extras is not None and set(extras).isdisjoint(pair.extras):
+            continue  # looking up a version takes a good part of a millisecond
         first, second = installed(pair.package), installed(pair.other)
-        used = extras is None or set(extras) & set(pair.extras)
-        if used and first and second and _is_bad(pair, first, second):
+        if first and second and _is_bad(pair, first, second):
             yield pair
 
 

@@ -35,8 +35,19 @@ class Floor:
 
     @property
     def faint(self) -> float:
-        """The least response, as a share of the samples, that has a gain: rounding moves it by `sensitivity` at most."""
+        """The least response, as a share of the samples, whose gain rounding moves by `sensitivity` at most."""
         return self.rounding / self.sensitivity
+
+    def excuses(self, gain: float, share: float) -> bool:
+        """Tell whether a gain is no measure: the response is fainter than `faint`, and rounding can have made the gain.
+
+        A faint condition that a graph ignores, or takes for another, is not excused.
+
+        Args:
+            gain: See `edgedistill.agreement.response_gain`.
+            share: See `edgedistill.agreement.response_share`.
+        """
+        return share < self.faint and abs(gain - 1) <= self.sensitivity + self.rounding / share
 
 
 FLOORS: Mapping[str, Floor] = {
@@ -147,7 +158,7 @@ class ArtifactParity:
         described: What ran it, in the runtime's own words.
         rows, image: The comparisons; empty and None where it was skipped or broke.
         sensitivity: Gain of the output's response to each condition, by the condition's name.
-        faint: Conditions whose response in the reference is too small for a gain (see `edgedistill.agreement.is_faint`).
+        faint: Conditions whose response in the reference is too small for a gain (see `Floor.excuses`).
         load_ms: Milliseconds to open it.
         call_ms: Median milliseconds of one network evaluation of the whole probe batch.
         skipped: Why it was not run, and how to run it; None if it was.

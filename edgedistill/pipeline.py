@@ -262,10 +262,15 @@ def load(
     return Pipeline(opened, opened.artifact(artifact, runtime), options, **ways)
 
 
+def preferred(bundle: Bundle) -> list[Artifact]:
+    """Return the artifacts that run whole, in the order in which they are tried where none is named."""
+    whole = [item for item in bundle.artifacts.values() if why_not(bundle, item) is None]
+    return sorted(whole, key=lambda item: item.runtime == "torch")
+
+
 def _load_first(bundle: Bundle, options: Mapping[str, Any], **ways: Any) -> Pipeline:
     """Open the first artifact whose runtime is installed; where none is, say what the first one lacks."""
-    whole = [item for item in bundle.artifacts.values() if why_not(bundle, item) is None]
-    ordered = sorted(whole, key=lambda item: item.runtime == "torch")
+    ordered = preferred(bundle)
     missing: list[MissingDependencyError] = []
     for item in ordered:
         try:

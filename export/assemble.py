@@ -10,18 +10,9 @@ from typing import Any
 from torch import nn
 
 import edgedistill
-from edgedistill.bundle import (
-    REFERENCE,
-    Artifact,
-    Bundle,
-    Draft,
-    NetworkFile,
-    another_student,
-    refuse_taken,
-    start_from,
-    write_bundle,
-)
+from edgedistill.bundle import REFERENCE, Artifact, Bundle, NetworkFile
 from edgedistill.contract import BATCH, Signature
+from edgedistill.drafts import Draft, another_student, refuse_taken, start_from, write_bundle
 from edgedistill.errors import BundleError
 from edgedistill.manifest import MANIFEST
 from edgedistill.models.variant import done_to_weights
@@ -33,9 +24,9 @@ from . import budget
 from .budget import Task
 from .dialects import plain
 from .foretold import tasks_of
-from .formats import FORMATS, ExportOptions, Job, jobs
+from .formats import FORMATS, ExportOptions, Job, jobs, require_modules
 from .layouts import SINGLE_ROOT
-from .loader_files import check_jobs, lacking_files, write_loader_files
+from .loader_files import check_jobs, write_loader_files
 from .networks import (
     Networks,
     chosen_networks,
@@ -45,6 +36,7 @@ from .networks import (
     sizes,
     weight_bytes,
 )
+from .outdated import outdated_files
 from .reference import add_reference, probing
 from .single_graph import refuse, unrolled
 from .single_root import check_target, in_dialects
@@ -52,7 +44,7 @@ from .stages import about
 from .worker import in_child, works_alone
 
 Progress = Callable[[str, int, int], None]  # what is written next, how many are done, of how many
-Foretold = Callable[[list[Task]], None]
+Foretold = Callable[[list[str]], None]
 Missing = Sequence[tuple[Job, Collection[str]]]  # what is written, with the networks it lacks
 
 
@@ -66,7 +58,8 @@ def export_student(
 ) -> Bundle:
     """Export a student to a bundle, or add formats to the bundle that it already has.
 
-    What the bundle holds with the same options is kept, so an export that is run again does nothing.
+    What the bundle holds with the same options is kept, so an export that is run again does nothing; but files
+    around the graphs that it would write otherwise by now are replaced.
     The bundle appears with the reference and the first artifact, and changes with each further one, when it is
     written and checked: what is finished stays, whatever becomes of the next, and is not written again.
 
@@ -76,7 +69,7 @@ def export_student(
         formats: Names in `FORMATS`, or just ``"all"``.
         options: None: the defaults.
         progress: Told before each artifact, and once at the end.
-        foretold: Told what each network will take, before any work.
+        foretold: Told in lines, before any work, what each network will take, and which files of loaders are replaced.
 
     Raises:
         BundleError: If `target` holds a bundle of another student or something else, or the student's
@@ -91,10 +84,12 @@ def export_student(
     wanted = _wanted(student, formats, options)
     base = start_from(target, _without_artifacts(student), overwrite=options.overwrite)
     kept, missing = _kept_and_missing(student, target, wanted, options, base)
-    if base.artifacts and not missing and not _lacks_files(student, base, options):
+    outdated = _outdated(student, base, options)
+    if base.artifacts and not missing and not outdated:
         return base
     tasks = _estimated(student, target, options, kept, missing)
-    (foretold or _silent)(tasks)
+    replaced = [name for name, there in outdated.items() if there]
+    (foretold or _silent)([*budget.lines(tasks), *_told_of(target, replaced)])
     isolate = budget.isolation(options.isolate, sizes(student), tasks, options.max_memory)
     options = replace(options, isolate=isolate)
     return _write_one_by_one(student, target, options, (base, kept), missing, progress or _silent)
@@ -110,7 +105,7 @@ def check_export(
         target, formats, options: As for `export_student`.
 
     Raises:
-        BundleError, ConfigError, ContractError: As `export_student`.
+        BundleError, ConfigError, ContractError, MissingDependencyError: As `export_student`.
     """
     refuse_taken(target)
     wanted = _wanted(student, formats, options)
@@ -160,10 +155,18 @@ def _kept_and_missing(
     return kept, missing
 
 
-def _lacks_files(student: Student, base: Bundle, options: ExportOptions) -> bool:
-    """Whether loaders would be given more files of a bundle by now; see `lacking_files`."""
+def _outdated(student: Student, base: Bundle, options: ExportOptions) -> Mapping[str, bool]:
+    """Return which files loaders would be given of a bundle otherwise by now; see `outdated_files`."""
     formats = {artifact.format for artifact in base.artifacts.values()}
-    return options.layout == SINGLE_ROOT and bool(lacking_files(student, base.root, formats))
+    if options.layout != SINGLE_ROOT or not formats:
+        return {}
+    return outdated_files(student, base.root, formats)
+
+
+def _told_of(target: Path, replaced: Collection[str]) -> Iterator[str]:
+    """Say which files are replaced."""
+    if replaced:
+        yield f"{target}: replaces {', '.join(replaced)}, which this release writes otherwise."
 
 
 def _estimated(
@@ -173,7 +176,8 @@ def _estimated(
     kept: Collection[str],
     missing: Missing,
 ) -> list[Task]:
-    """Return what is to be written, if there is the memory and the disk for it."""
+    """Return what is to be written, if there are the packages, the memory and the disk for it."""
+    require_modules(job for job, _ in missing)
     tasks = tasks_of(student, missing, None if REFERENCE in kept else probing(student))
     budget.check(tasks, target, options.max_memory)
     return tasks

@@ -291,7 +291,7 @@ def _run(options: argparse.Namespace) -> int:
 def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callable[[], object]]":
     """Open what is exported, and return what finishes its weights, once nothing else speaks against the export.
 
-    A student whose guidance is baked, and a pipeline that others change, is written to `place`.
+    A student whose guidance is baked, and a pipeline that others change, is put together in `place`.
     """
     from edgedistill.student import MANIFEST, Student
 
@@ -317,9 +317,10 @@ def _source(options: argparse.Namespace, place: Path) -> "tuple[Student, Callabl
         student = Student.open(options.model)
         if scale is None:
             return student, _nothing
-        from .bake import bake_student
+        from .bake import link_baked
 
-        return bake_student(student, scale, place), _nothing
+        baking = link_baked(student, scale, place)
+        return baking.student, baking.merge
     from edgedistill.models.source import open_source
     from edgedistill.models.variant import Lora, link_variant
 
@@ -361,9 +362,9 @@ def _memory(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _foretell(tasks: list[budget.Task]) -> None:
-    """Say what large networks will take."""
-    for line in budget.lines(tasks):
+def _foretell(lines: list[str]) -> None:
+    """Say what large networks will take, and what is replaced."""
+    for line in lines:
         print(line, file=sys.stderr)
 
 

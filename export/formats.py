@@ -1,11 +1,12 @@
 """What a student can be exported to: formats, their precisions, their writers and options."""
 
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedistill.errors import ConfigError
+from edgedistill.errors import ConfigError, not_installed
 
 from .layouts import BUNDLE, LAYOUTS, SINGLE_ROOT, place
 from .worker import AUTO, ISOLATE
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16")
 OPSETS = range(13, 27)  # what both exporters write
+DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 ALL = "all"
 OWN, PORTABLE, SWIFT = "own", "portable", "swift"
 SCHEDULERS = (OWN, PORTABLE, SWIFT)  # whose steps a pipeline takes; see `export.samplers`
@@ -73,6 +75,9 @@ class ExportOptions:
         if self.opset is not None and self.opset not in OPSETS:
             msg = f"`opset` must lie from {OPSETS[0]} to {OPSETS[-1]}, got {self.opset}."
             raise ConfigError(msg)
+        if self.deployment_target not in DEPLOYMENT_TARGETS:
+            msg = f"`deployment_target` must be one of {', '.join(DEPLOYMENT_TARGETS)}, got {self.deployment_target!r}."
+            raise ConfigError(msg)
         if self.networks and self.single_graph is not None:
             msg = "A single graph is of all networks: leave `networks` out."
             raise ConfigError(msg)
@@ -90,6 +95,7 @@ class Format:
         suffix: Of the file.
         precisions: What it is written in, the one to ship first.
         settings: Fields of `ExportOptions` that change the file.
+        modules: What must be installed to write it and to run it once; the format's extra brings them.
         write: Takes (network, signature, path, precision, settings, consume=whether the network is of no use
             afterwards), returns what made the file and its ``snr_db``.
     """
@@ -98,6 +104,7 @@ class Format:
     suffix: str
     precisions: tuple[str, ...]
     settings: tuple[str, ...]
+    modules: tuple[str, ...]
     write: Writer
 
 
@@ -148,11 +155,25 @@ def _coreml(
 
 
 FORMATS: Mapping[str, Format] = {
-    "onnx": Format("onnxruntime", ".onnx", ("float32",), ("batch", "opset", "dynamo"), _onnx),
-    "openvino": Format("openvino", ".xml", ("float32", "float16"), ("batch",), _openvino),
+    "onnx": Format(
+        "onnxruntime",
+        ".onnx",
+        ("float32",),
+        ("batch", "opset", "dynamo"),
+        ("onnx", "onnxruntime"),
+        _onnx,
+    ),
+    "openvino": Format(
+        "openvino", ".xml", ("float32", "float16"), ("batch",), ("onnx", "openvino"), _openvino
+    ),
     # A phone runs float16; the float32 twin is what proves the graph right.
     "coreml": Format(
-        "coreml", ".mlpackage", ("float16", "float32"), ("batch", "deployment_target"), _coreml
+        "coreml",
+        ".mlpackage",
+        ("float16", "float32"),
+        ("batch", "deployment_target"),
+        ("coremltools",),
+        _coreml,
     ),
 }
 
@@ -217,6 +238,20 @@ def _jobs(names: Iterable[str], options: ExportOptions) -> Iterator[Job]:
         settings = {field: getattr(options, field) for field in fields}
         for precision in held if options.dtype is None else (options.dtype,):
             yield Job(f"{name}-{precision}{_ending(options)}", name, precision, settings)
+
+
+def require_modules(wanted: Iterable[Job]) -> None:
+    """Refuse artifacts whose packages are not installed; none of them is imported.
+
+    Raises:
+        MissingDependencyError: If one is not.
+    """
+    for job in wanted:
+        further = ("onnxscript",) if job.settings.get("dynamo") else ()
+        for module in (*FORMATS[job.format].modules, *further):
+            if importlib.util.find_spec(module) is None:
+                extra = "onnx" if module.startswith("onnx") else job.format
+                raise not_installed(module, extra)
 
 
 def _ending(options: ExportOptions) -> str:

@@ -25,6 +25,7 @@ _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 _SETTINGS, _MARKS = "tokenizer_config.json", "special_tokens_map.json"
 _NEEDED = (_VOCABULARY, _MERGES, _SETTINGS, _MARKS)
 """What loaders read of a tokenizer; what a source lacks of it is made of the rest."""
+_TOKENIZER_FILES = (*_NEEDED, "tokenizer.json", "added_tokens.json")
 _OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _HALVES = ("vae_decoder", "vae_encoder")
@@ -55,19 +56,6 @@ def write_loader_files(student: Student, root: Path, formats: Collection[str]) -
     if "coreml" in formats:
         _write_apples(student, root)
     write_json(root / INDEX, _index(student, tokenizers, formats))
-
-
-def lacking_files(student: Student, root: Path, formats: Collection[str]) -> list[str]:
-    """Return what `write_loader_files` would add to a root, such as what an installed package can write by now.
-
-    Args:
-        student: The root's.
-        root: The folder.
-        formats: Of the artifacts that it holds.
-    """
-    converted = [_OPENVINO_TOKENIZER] if "openvino" in formats and _converts() else []
-    wanted = [f"{name}/{file}" for name in _tokenizers(student) for file in (*_NEEDED, *converted)]
-    return [name for name in (*wanted, SCHEDULER, INDEX) if not (root / name).is_file()]
 
 
 def notes(root: Path, formats: Collection[str]) -> Iterator[str]:
@@ -180,11 +168,13 @@ def _tokenizers(student: Student) -> list[str]:
 
 
 def _write_tokenizer(student: Student, folder: Path) -> None:
-    """Copy a tokenizer's files; of those that loaders need, what lacks is made of the others."""
+    """Copy a tokenizer's files; of those that loaders need, what lacks is made of the others, whatever was there."""
     source = student.root / folder.name
     folder.mkdir(exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        (folder / name).unlink(missing_ok=True)
     if source.is_dir():
-        for name in (*_NEEDED, "tokenizer.json", "added_tokens.json"):
+        for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copy2(source / name, folder / name)
     else:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from edgedistill import plugins
-from edgedistill.bundle import CALIBRATION, REFERENCE, Artifact, Draft, NetworkFile
+from edgedistill.bundle import CALIBRATION, REFERENCE, Artifact, NetworkFile
 from edgedistill.contract import BATCH
+from edgedistill.drafts import Draft
 from edgedistill.errors import ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.probes import (

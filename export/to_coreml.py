@@ -18,6 +18,7 @@ from edgedistill.errors import ConfigError, ContractError
 from edgedistill.mlpackage import quiet_coremltools, write_package
 
 from .checking import TRY_ELSE, Check, check_file, named
+from .formats import DEPLOYMENT_TARGETS
 from .frozen import Frozen, expected_of
 from .recording import trace
 from .stages import stage
@@ -26,7 +27,6 @@ from .worker import called
 # dB SNR below which a package is broken and not merely rounded; whether it is good enough is for the
 # floors of edgedistill.parity to say. Large networks lose more in float16: Stable Diffusion 1.5 keeps 48 dB.
 LEAST_DB = {"float32": 100.0, "float16": 40.0}
-DEPLOYMENT_TARGETS = ("iOS15", "iOS16", "iOS17", "iOS18")
 _DTYPES = ("float32", "int32")
 _MEANINGS = {
     "x": "The noised state.",

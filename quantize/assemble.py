@@ -8,15 +8,8 @@ from typing import Any
 
 from edgedistill import plugins
 from edgedistill.agreement import compare, finite_db
-from edgedistill.bundle import (
-    REFERENCE,
-    Artifact,
-    Bundle,
-    Draft,
-    NetworkFile,
-    start_from,
-    write_bundle,
-)
+from edgedistill.bundle import REFERENCE, Artifact, Bundle, NetworkFile
+from edgedistill.drafts import Draft, start_from, write_bundle
 from edgedistill.errors import CheckFailedError, ConfigError, ContractError
 from edgedistill.network import CheckedNetwork
 from edgedistill.pipeline import Pipeline

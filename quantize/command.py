@@ -105,6 +105,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     target = target_of(options, "SMALLER")
     from edgedistill.bundle import Bundle
+    from edgedistill.known_bad import warn_known_bad
 
     from .assemble import plan, quantize_bundle
 
@@ -113,6 +114,7 @@ def _run(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     chosen: dict[str, Any] = {"only": only, "networks": options.networks}
     planned = plan(bundle, config, **chosen)
+    warn_known_bad({"quantize", *(job.result.format for job in planned.jobs)}, "quantize")
     rows = {job.result.name: bundle.size(job.source) for job in planned.jobs}
     smaller = quantize_bundle(
         bundle, target, config, **chosen, overwrite=options.overwrite, progress=_bar

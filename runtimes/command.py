@@ -26,8 +26,12 @@ from .arguments import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from edgedistill.bundle import Bundle
     from edgedistill.pipeline import Pipeline
     from edgedistill.tiling import Tiling
+
+_EXTRAS = {"onnxruntime": "onnx", "torch": "train"}
+"""The extra that brings a runtime, where it has another name."""
 
 
 def register_sample(commands: Any) -> None:
@@ -61,12 +65,15 @@ def _sample(options: argparse.Namespace) -> int:
     if options.npy is not None:
         _check_target(options.npy, ".npy")
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
+    from edgedistill.bundle import Bundle
     from edgedistill.images import save_png
     from edgedistill.pipeline import load
 
     start = time.perf_counter()
+    bundle = Bundle.open(options.bundle, whole=False)
+    _warn("sample", _runtime_of_sample(bundle, options))
     pipeline = load(
-        options.bundle,
+        bundle,
         options.runtime,
         options.artifact,
         low_memory=options.low_memory,
@@ -92,6 +99,33 @@ def _sample(options: argparse.Namespace) -> int:
     save_png(sheet, options.output)
     _tell_sample(options, pipeline, count, seconds)
     return 0
+
+
+def _runtime_of_sample(bundle: "Bundle", options: argparse.Namespace) -> list[str]:
+    """Return the name of the runtime that a sample is about to be drawn on, if there is one."""
+    if options.runtime is not None:
+        return [options.runtime]
+    from edgedistill.pipeline import preferred
+
+    if options.artifact is not None:
+        return [item.runtime for name, item in bundle.artifacts.items() if name == options.artifact]
+    return [item.runtime for item in preferred(bundle)[:1]]
+
+
+def _runtimes_of_parity(bundles: "Sequence[Bundle]", options: argparse.Namespace) -> set[str]:
+    """Return the names of the runtimes that artifacts are about to be compared on."""
+    held = [item for bundle in bundles for item in bundle.artifacts.values()]
+    named = [item for item in held if not options.artifact or item.name in options.artifact]
+    return set(options.runtime) or {item.runtime for item in named}
+
+
+def _warn(command: str, runtimes: Iterable[str]) -> None:
+    """Say before weights are read which installed packages that runtimes use do not work together."""
+    from edgedistill.known_bad import warn_known_bad
+    from edgedistill.plugins import ALIASES
+
+    names = [ALIASES.get(name, name) for name in runtimes]
+    warn_known_bad({_EXTRAS.get(name, name) for name in names}, command)
 
 
 def _tell_sample(
@@ -141,6 +175,7 @@ def _parity(options: argparse.Namespace) -> int:
     else:
         from .verify import verify
 
+        _warn("parity", _runtimes_of_parity(bundles, options))
         report = verify(
             bundles,
             runtimes=options.runtime,

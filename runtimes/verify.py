@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgedistill.agreement import Agreement, compare, is_faint, response_gain
+from edgedistill.agreement import Agreement, compare, response_gain, response_share
 from edgedistill.bundle import Artifact, Bundle
 from edgedistill.environment import versions
 from edgedistill.errors import ConfigError, ContractError, MissingDependencyError
@@ -192,15 +192,13 @@ def finished(
     """Add what the finished samples tell."""
     low, high = table.space["value_range"]
     responses = _responses(golden, output)
-    faint = tuple(
-        name
-        for name, (own, _) in responses.items()
-        if is_faint(own, golden.output, entry.floor.faint)
-    )
+    gains = {name: response_gain(*both) for name, both in responses.items()}
+    shares = {name: response_share(own, golden.output) for name, (own, _) in responses.items()}
+    faint = tuple(name for name in gains if entry.floor.excuses(gains[name], shares[name]))
     return replace(
         entry,
         image=compare(golden.output, output, peak=high - low),
-        sensitivity={k: response_gain(*both) for k, both in responses.items() if k not in faint},
+        sensitivity={name: gain for name, gain in gains.items() if name not in faint},
         faint=faint,
         output=output,
         reference=golden.output,

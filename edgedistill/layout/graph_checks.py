@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .contracts import TOLERATED, signature
 from .findings import FORMATS, Finding, check
-from .folder import Folder
+from .folder import ENCODERS, Folder
 from .graphs import Graph, Tensor
 from .index_checks import is_known, is_xl
 from .mismatches import Mismatch, mismatches
@@ -102,6 +102,23 @@ def _way_out(loader: str, item: Mismatch) -> str:
     if item.what == "unknown" and item.found.startswith("output"):
         return "give one output: Swift takes the first"
     return _EXPORT
+
+
+@check("ort", "openvino", "genai", "swift")
+def masks_in_half(folder: Folder, loader: str) -> Iterator[Finding]:
+    """What masks attention in a text encoder of float16 is a number that float16 has."""
+    for network, path in folder.graphs(FORMATS[loader]):
+        graph = folder.graph(path) if network in ENCODERS else None
+        if graph is None or not graph.constants.in_half:
+            continue
+        for name, value in graph.constants.beyond:
+            yield Finding(
+                path,
+                "constants that float16 holds, at most 65504 either way",
+                f"{value:g} in `{name}`, in a graph with weights of float16",
+                "mask attention with -1e4: infinity makes NaN of products and breaks palettes",
+                "warning",
+            )
 
 
 @check("ort", "openvino", "genai")

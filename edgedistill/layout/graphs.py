@@ -1,13 +1,15 @@
-"""Borders of exported graphs, read without their weights: ONNX, OpenVINO IR, Core ML packages."""
+"""Borders of exported graphs, read without their weights but for small constants: ONNX, OpenVINO IR, Core ML packages."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
 from edgedistill.errors import BundleError, require
 from edgedistill.mlpackage import read_package
+
+from .constants import Constants, of_core_ml, of_onnx, of_openvino
 
 Shape = tuple[int | str, ...]
 _ONNX_DTYPES = {1: "float32", 6: "int32", 7: "int64", 8: "string", 9: "bool", 10: "float16"}
@@ -33,12 +35,14 @@ class Graph:
         weights: What lies beside the file: name and the number of bytes that the graph reads of it.
         compression: Ways in which weights are packed, such as ``"constexpr_lut_to_dense 16"``, a palette
             of 16 values.
+        constants: What float16 makes of the constants.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     weights: tuple[tuple[str, int], ...] = ()
     compression: frozenset[str] = frozenset()
+    constants: Constants = field(default_factory=Constants)
 
 
 def read_graph(path: Path) -> Graph:
@@ -57,18 +61,19 @@ def _read_onnx(path: Path) -> Graph:
     onnx = require("onnx", "onnx")
     decode_error = require("google.protobuf.message", "onnx").DecodeError
     try:
-        return _of_onnx(onnx.load(str(path), load_external_data=False))
+        return _of_onnx(onnx.load(str(path), load_external_data=False), path.parent)
     except (decode_error, OSError, ValueError) as error:
         raise _damaged(path, "an ONNX model", error) from error
 
 
-def _of_onnx(model: Any) -> Graph:
+def _of_onnx(model: Any, folder: Path) -> Graph:
     initializers = {item.name for item in model.graph.initializer}
     inputs = (item for item in model.graph.input if item.name not in initializers)
     return Graph(
         tuple(map(_onnx_tensor, inputs)),
         tuple(map(_onnx_tensor, model.graph.output)),
         _onnx_weights(model.graph.initializer),
+        constants=of_onnx(model, folder),
     )
 
 
@@ -98,12 +103,12 @@ def _read_openvino(path: Path) -> Graph:
     try:
         # expat itself limits how far entities may grow.
         root = ET.parse(path).getroot()  # noqa: S314
-        return _of_openvino(root, path.with_suffix(".bin").name)
+        return _of_openvino(root, path.with_suffix(".bin"))
     except (ET.ParseError, OSError, ValueError) as error:
         raise _damaged(path, "an OpenVINO model", error) from error
 
 
-def _of_openvino(root: ET.Element, weights: str) -> Graph:
+def _of_openvino(root: ET.Element, weights: Path) -> Graph:
     layers = {layer.get("id"): layer for layer in root.iterfind("layers/layer")}
     sources = {
         edge.get("to-layer"): (edge.get("from-layer"), edge.get("from-port"))
@@ -119,7 +124,12 @@ def _of_openvino(root: ET.Element, weights: str) -> Graph:
             outputs.append(_openvino_tensor(given, layer))
         elif layer.get("type") == "Const" and (data := layer.find("data")) is not None:
             end = max(end, int(data.get("offset", 0)) + int(data.get("size", 0)))
-    return Graph(tuple(inputs), tuple(outputs), ((weights, end),))
+    return Graph(
+        tuple(inputs),
+        tuple(outputs),
+        ((weights.name, end),),
+        constants=of_openvino(root, weights),
+    )
 
 
 def _openvino_tensor(port: ET.Element | None, layer: ET.Element) -> Tensor:
@@ -142,6 +152,7 @@ def _read_core_ml(path: Path) -> Graph:
         tuple(map(_core_ml_tensor, spec.description.input)),
         tuple(map(_core_ml_tensor, spec.description.output)),
         compression=_core_ml_compression(spec.mlProgram),
+        constants=of_core_ml(spec.mlProgram, path),
     )
 
 

@@ -138,7 +138,7 @@ def link_variant(
     if conditioning_scale is not None:
         changes[CONTROLNET] = _scaling(sources[CONTROLNET], conditioning_scale)
     for part, source in sources.items():
-        _link(source, place / part)
+        link_part(source, place / part)
     student = open_source(place, **asked)
     added = [
         {"file": lora.path.name, "sha256": sha256(lora.path), "scale": lora.scale} for lora in loras
@@ -193,7 +193,7 @@ def _of_variant(root: Path, place: Path, variant: str) -> Path:
             for path, plain in plain_names([source / "config.json", *files]).items():
                 _linked(str(path), str(place / source.name / plain))
         else:
-            _link(source, place / source.name)
+            link_part(source, place / source.name)
         taken |= bool(stems)
     if not taken:
         msg = f"{root}: no network has weights of the variant {variant!r}; leave it out, or get the files {DIFFUSERS}.{variant}.safetensors."
@@ -214,8 +214,8 @@ def _change(folder: Path, change: Change) -> None:
     store.save_weights(state, folder / store.weights_file(network), {"format": "pt"})
 
 
-def _link(source: Path, target: Path) -> None:
-    """Link a file, or the files of a folder; what is not there is left out."""
+def link_part(source: Path, target: Path) -> None:
+    """Link a file, or the files of a folder, under another path; what is not there is left out."""
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_linked)
     elif source.is_file():

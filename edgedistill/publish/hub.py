@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edgedistill.bundle import Bundle, refuse_taken
+from edgedistill.bundle import Bundle
+from edgedistill.drafts import refuse_taken
 from edgedistill.errors import BundleError, ConfigError, require
 from edgedistill.files import written_aside
 from edgedistill.manifest import MANIFEST

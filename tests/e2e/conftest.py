@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgedistill import bundle as bundles
-from edgedistill import cli, plugins, probes
+from edgedistill import cli, drafts, plugins, probes
 from edgedistill.config import read_yaml
 from edgedistill.contract import Signature, TensorSpec
 from edgedistill.errors import require
@@ -152,7 +152,7 @@ def _write(root: Path, artifacts: dict[str, tuple[str, str]]) -> Path:
     network = CheckedNetwork("denoiser", SIGNATURE, _predict)
     golden = probes.record_golden(TABLE, {"denoiser": network}, GOLDEN_SEEDS, GOLDEN_CONDITIONS)
     probes.save_probes(golden, root / bundles.GOLDEN)
-    bundles.write_manifest(bundles.Bundle(root, "handmade", "f" * 64, TABLE, held))
+    drafts.write_manifest(bundles.Bundle(root, "handmade", "f" * 64, TABLE, held))
     return root
 
 

@@ -120,8 +120,15 @@ def test_tiles_by_the_command_line(run, root: Bundle, tmp_path) -> None:
     assert "--vae-tiling" in err
 
 
-# dB SNR of the picture against the float one, measured on these random weights, less 3.
-FLOORS = {"int8-weights": 49.0, "int8": 37.5}
+# dB SNR of the picture against the float one, measured on these random weights, less 3. With weights and activations
+# in int8 the decoder alone gives 46.4 (ONNX) and 45.7 (OpenVINO), and all four networks 41.7 and 40.8: the rounded text
+# encoder and two calls of the rounded UNet come on top, and each format is calibrated by itself. Both were the same,
+# digit for digit, when one floor of 41 was set for both, which the root in OpenVINO never held. With the weights alone
+# it is 52.7 for the decoder and 52.8 for all.
+FLOORS = {
+    "alone": {"int8-weights": 49.7, "int8": 42.7},
+    "whole": {"int8-weights": 49.7, "int8": 37.8},
+}
 
 
 @pytest.mark.slow
@@ -134,7 +141,7 @@ def test_all_of_a_single_root_in_int8(root: Bundle, tmp_path, precision: str, mo
     assert [item for item in found if item.level == "error"] == []
     for form in FORMATS:
         reference, own = ours(form, root), ours(form, made)
-        assert FLOORS[precision] < snr_db(reference, own) < 60
+        assert FLOORS["whole"][precision] < snr_db(reference, own) < 60
         assert snr_db(own, theirs(form, made)) > 60
 
 
@@ -151,7 +158,7 @@ def test_the_decoder_alone_in_int8(root: Bundle, tmp_path, precision: str, monke
             same = made.path(file.path).read_bytes() == root.path(source.path).read_bytes()
             assert file.path == source.path
             assert same == (name != "vae_decoder")
-        assert snr_db(ours(form, root), ours(form, made)) > FLOORS[precision]
+        assert snr_db(ours(form, root), ours(form, made)) > FLOORS["alone"][precision]
         assert snr_db(ours(form, made), theirs(form, made)) > 60
 
 
@@ -167,7 +174,7 @@ def test_parts_that_are_made_smaller_one_after_another_stay_small(root: Bundle, 
     assert [name for name in ways if "kept" not in ways[name]] == ["unet", "vae_decoder"]
     assert made.networks["vae_decoder"].path == place
     assert both.path(place).read_bytes() == decoder != root.path(place).read_bytes()
-    assert snr_db(ours("onnx", root), ours("onnx", both)) > FLOORS["int8-weights"]
+    assert snr_db(ours("onnx", root), ours("onnx", both)) > FLOORS["whole"]["int8-weights"]
     # Asked for again, it is made anew.
     again = quantize_bundle(root, target, way, only=["onnx"], networks=["vae_decoder"])
     assert again.path(place).read_bytes() == decoder

@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from edgedistill.bundle import Bundle, NetworkFile, write_manifest
+from edgedistill.bundle import Bundle, NetworkFile
 from edgedistill.compiler import compile_scheduler
+from edgedistill.drafts import write_manifest
 from edgedistill.models import store
 from edgedistill.router import Router
 from edgedistill.student import Student

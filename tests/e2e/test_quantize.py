@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from edgedistill.bundle import CALIBRATION, Bundle, write_bundle, write_manifest
+from edgedistill.bundle import CALIBRATION, Bundle
+from edgedistill.drafts import write_bundle, write_manifest
 from edgedistill.errors import ContractError
 from edgedistill.telemetry import require_silent
 from export import weights

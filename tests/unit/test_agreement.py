@@ -10,9 +10,9 @@ from edgedistill.agreement import (
     compare,
     cosine,
     is_close,
-    is_faint,
     psnr_db,
     response_gain,
+    response_share,
     snr_db,
 )
 from edgedistill.errors import ContractError
@@ -90,15 +90,11 @@ def test_compare_refuses_other_shapes():
         compare(np.ones(2), np.ones((1, 2)))
 
 
-def test_a_response_of_rounding_size_has_no_gain() -> None:
+def test_the_share_of_a_response_is_by_root_mean_squares() -> None:
     generator = np.random.default_rng(0)
-    output, change = generator.standard_normal((2, 8, 64))
-    for least in (1e-3, 0.1):
-        assert not is_faint(1.1 * least * change, output, least)
-        assert is_faint(0.9 * least * change, output, least)
-        assert is_faint(1e-7 * change[:2], output, least)
-        # No response at all is a defect of the student, which `response_gain` reports.
-        assert not is_faint(np.zeros_like(change), output, least)
+    output = generator.standard_normal((8, 64))
+    assert response_share(0.04 * output[:, ::-1], output) == pytest.approx(0.04)
+    assert response_share(np.zeros_like(output), output) == 0
 
 
 def test_coefficients_are_close_relative_to_themselves_or_to_1():

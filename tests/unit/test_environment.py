@@ -110,6 +110,11 @@ def test_a_command_is_warned_of_the_pairs_that_it_uses(installed, capsys):
     assert capsys.readouterr().err == ""
     known_bad.warn_known_bad(["coreml", "train"])
     assert capsys.readouterr().err.startswith("edgedistill: known to fail: coremltools 9.0 with")
+    known_bad.warn_known_bad(["coreml"], "quantize")
+    assert "coremltools 9.0 with" in capsys.readouterr().err
+    for command in ("sample", "parity"):  # which convert nothing
+        known_bad.warn_known_bad(["coreml"], command)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,18 @@ def test_rounding_moves_no_gain_out_of_its_floor_where_the_response_is_large_eno
     assert (FLOORS["float32"].faint, FLOORS["float16"].faint) == pytest.approx((1e-3, 0.04))
 
 
+@pytest.mark.parametrize("precision", FLOORS)
+def test_only_what_rounding_can_have_done_is_excused(precision: str) -> None:
+    floor = FLOORS[precision]
+    assert floor.excuses(1.0, 0.9 * floor.faint)
+    assert not floor.excuses(1.0, 1.1 * floor.faint)
+    assert floor.excuses(1 - 1.9 * floor.sensitivity, 0.9 * floor.faint)
+    assert not floor.excuses(1 + 2.3 * floor.sensitivity, 0.9 * floor.faint)
+    # A condition that is ignored, though its response is but thrice what rounding does.
+    assert not floor.excuses(0.0, 3 * floor.rounding)
+    assert floor.excuses(0.0, 0.5 * floor.rounding)
+
+
 def test_an_unknown_precision_has_no_floor():
     with pytest.raises(ConfigError, match="No parity floor for precision 'int2'"):
         floor_of("int2")
