@@ -36,7 +36,8 @@ def split_enlarged(graph: Any, sources: MutableMapping[str, Source], reads: Iter
         for node in graph.node
         if _doubles(node, sources) and readers[node.output[0]] == 1
     }
-    nodes, gone = [], set()
+    nodes: list[Any] = []
+    gone = set()
     for node in graph.node:
         if _is_plain(node, sources) and (before := enlarged.get(node.input[0])):
             nodes += _split(node, before.input[0], sources)
