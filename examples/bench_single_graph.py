@@ -1,10 +1,11 @@
 """A sampler as one graph beside the same sampler as a loop over its network.
 
-python examples/bench_single_graph.py BUNDLE [--runtime R ...] [--sampler NAME] [--runs 15] [--batch 1] [--json]
+python examples/bench_single_graph.py BUNDLE [--runtime R ...] [--sampler NAME] [--runs 15] [--warm-up 2] [--batch 1]
+    [--threads 1] [--prompt TEXT] [--json]
 
 BUNDLE holds both: `edgedistill export onnx -m STUDENT BUNDLE`, and the same with `--single-graph`;
 `make bench-single-graph` makes one of the digits student. Both are fed the same noise and run in turn in one
-process, with one thread; medians of `--runs`, after two that do not count. Exit status 1 if the graph takes longer than the loop, beyond the noise of the medians.
+process, with one thread (0: all); medians of `--runs`, after those that do not count. Exit status 1 if the graph takes longer than the loop, beyond the noise of the medians.
 """
 
 import argparse
@@ -19,8 +20,6 @@ import edgedistill
 from edgedistill.bundle import Artifact, Bundle
 from edgedistill.noise import noise_bank
 from edgedistill.tables import DEFAULT
-
-WARM_UP = 2
 
 
 def seconds(call: Callable[..., object], **given: Any) -> float:
@@ -44,21 +43,27 @@ def pair(bundle: Bundle, runtime: str, sampler: str) -> tuple[Artifact, Artifact
     return loop, graph
 
 
-def measure(
-    bundle: Bundle, runtime: str, sampler: str, batch: int, runs: int
-) -> dict[str, float | bool]:
+def measure(bundle: Bundle, runtime: str, options: argparse.Namespace) -> dict[str, float | bool]:
     """Return medians and quartile widths in milliseconds, and the ratio of graph to loop."""
-    noise = noise_bank(bundle.samplers[sampler], range(batch))
+    sampler = options.sampler
+    given = {
+        "sampler": sampler,
+        "noise": noise_bank(bundle.samplers[sampler], range(options.batch)),
+    }
+    given |= {"prompt": options.prompt} if options.prompt else {}
     taken: dict[str, list[float]] = {"loop": [], "graph": []}
     opened, load = {}, {}
     for what, item in zip(taken, pair(bundle, runtime, sampler), strict=True):
         start = time.perf_counter()
-        opened[what] = edgedistill.load(bundle, artifact=item.name, threads=1)
+        opened[what] = edgedistill.load(bundle, artifact=item.name, threads=options.threads)
         load[what] = time.perf_counter() - start
-    for _ in range(runs + WARM_UP):
+    for _ in range(options.runs + options.warm_up):
         for what, pipeline in opened.items():
-            taken[what].append(seconds(pipeline, sampler=sampler, noise=noise))
-    ms = {what: [1000 * value for value in values[WARM_UP:]] for what, values in taken.items()}
+            taken[what].append(seconds(pipeline, **given))
+    ms = {
+        what: [1000 * value for value in values[options.warm_up :]]
+        for what, values in taken.items()
+    }
     medians = {what: statistics.median(values) for what, values in ms.items()}
     # The error of a median, from the middle half of the values.
     spread = {
@@ -83,13 +88,13 @@ def main() -> int:
     parser.add_argument("--sampler", default=DEFAULT)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--warm-up", type=int, default=2, help="runs that do not count")
+    parser.add_argument("--threads", type=int, default=1, help="of a network; 0: all")
+    parser.add_argument("--prompt", help="where the student takes one")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     bundle = Bundle.open(options.bundle)
-    found = {
-        name: measure(bundle, name, options.sampler, options.batch, options.runs)
-        for name in options.runtime
-    }
+    found = {name: measure(bundle, name, options) for name in options.runtime}
     if options.json:
         print(json.dumps({"runs": options.runs, "runtimes": found}, indent=1))
     else:
