@@ -16,14 +16,23 @@ MANY = 2**17  # values of a group; runtimes keep 120 dB and more of fewer
 
 
 class SummedByRows(TorchFunctionMode):
-    """Have group normalizations of more than `MANY` values recorded so that their sums are precise."""
+    """Have group normalizations of more than `MANY` values recorded so that their sums are precise.
+
+    Args:
+        free: Whether height and width of the graph are free: how many values there will be is not known, and the
+            normalizations stay as they are.
+    """
+
+    def __init__(self, *, free: bool) -> None:
+        super().__init__()
+        self._free = free
 
     def __torch_function__(
         self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """Call one function."""
         kwargs = kwargs or {}
-        if func is not torch.nn.functional.group_norm:
+        if self._free or func is not torch.nn.functional.group_norm:
             return func(*args, **kwargs)
         x, groups = args[:2]
         many = math.prod(map(int, x.shape[1:])) // groups > MANY

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedistill.contract import Signature
+from edgedistill.contract import BATCH, Signature
 from edgedistill.errors import CheckFailedError, ConfigError, require
 from edgedistill.files import written_beside
 from edgedistill.parity import floor_of
@@ -102,7 +102,7 @@ def trace_onnx(
     onnx = require("onnx", "onnx")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         raw = Path(folder) / path.name
-        with _without_known_warnings(), SummedByRows():
+        with _without_known_warnings(), SummedByRows(free=_free_sides(frozen.signature)):
             weights = (_export_dynamo if dynamo else record)(frozen, raw, opset)
         model = onnx.load(raw)
     written = next(item.version for item in model.opset_import if not item.domain)
@@ -120,6 +120,12 @@ def trace_onnx(
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype))
             value.CopyFrom(onnx.helper.make_tensor_value_info(spec.name, kind, spec.shape))
     save_graph(model, weights, path, MOVES if transposed else MOVES - {"Transpose"})
+
+
+def _free_sides(signature: Signature) -> bool:
+    """Tell whether any size but the batch is free."""
+    sizes = (size for spec in signature.inputs for size in spec.shape)
+    return any(isinstance(size, str) and size != BATCH for size in sizes)
 
 
 def _export_dynamo(frozen: Frozen, path: Path, opset: int) -> Mapping[str, Tensor]:

@@ -51,6 +51,25 @@ def test_few_values_and_free_sizes_are_left_to_the_runtime(size, tmp_path):
     assert "ReduceL2" not in kinds
 
 
+def test_free_sizes_may_be_traced_large(tmp_path):
+    path = tmp_path / "norm.onnx"
+    torch.manual_seed(0)
+    # Traced at 16x24, which is 256x384 behind the enlargement: many values of a group.
+    network = nn.Sequential(
+        nn.Conv2d(CHANNELS, CHANNELS, 1),
+        nn.Upsample(scale_factor=16),
+        nn.GroupNorm(GROUPS, CHANNELS),
+    ).requires_grad_(False)
+    signature = Signature(
+        (TensorSpec("input", (BATCH, CHANNELS, "height", "width"), "float32", "x"),),
+        (TensorSpec("out", (BATCH, CHANNELS, "rows", "columns"), "float32", "raw"),),
+    )
+    trace_onnx(Frozen(network, signature), path)
+    given = torch.randn(1, CHANNELS, 5, 7)
+    (made,) = onnxruntime.InferenceSession(path).run(None, {"input": given.numpy()})
+    torch.testing.assert_close(torch.from_numpy(made), network(given), atol=1e-5, rtol=0)
+
+
 def test_sizes_behind_an_enlargement_are_known_though_the_batch_is_free(tmp_path):
     network = nn.Sequential(nn.Upsample(scale_factor=2), nn.GroupNorm(GROUPS, CHANNELS))
     signature = Signature(
