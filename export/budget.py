@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 # Of Stable Diffusion 1.5, each network in a process of its own, two cores: such that no peak of docs/export.md is
 # above the estimate. Peak memory in bytes per byte of weights, of the largest tensor of a layer and of the largest
 # attention matrix, beside what the imports take; processor seconds per GB of weights and per 10**12 operations.
-_IMPORTS_BYTES = 550_000_000
-_IMPORTS_SECONDS = 6.0
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _STORED = {"float32": 1.0, "float16": 0.5}
 LARGE = 1_000_000_000  # bytes of memory; what takes less needs no estimate
@@ -31,12 +29,14 @@ class _Factors:
     attention: float
     per_gb: float
     per_tflop: float
+    imports_bytes: int = 550_000_000
+    imports_seconds: float = 6.0
 
 
 _FACTORS = {
     "onnx": _Factors(1.1, 6.5, 2.0, 5.0, 26.0),
     "openvino": _Factors(1.3, 5.5, 2.0, 6.0, 27.0),
-    "coreml": _Factors(1.25, 6.5, 2.0, 11.0, 64.0),
+    "coreml": _Factors(1.1, 4.5, 2.0, 15.0, 32.0, 900_000_000, 8.0),
     "torch": _Factors(1.0, 5.5, 0.0, 1.0, 13.0),
 }
 # Copies of what is written, while it is: the graph that OpenVINO's is made from is of float32, whatever that is;
@@ -83,14 +83,14 @@ def memory(form: str, size: "Size", batch: int = 1) -> int:
     """
     by = _FACTORS[form]
     of_sample = by.layer * size.layer + by.attention * size.attention
-    return _IMPORTS_BYTES + round(by.weights * size.weights + batch * of_sample)
+    return by.imports_bytes + round(by.weights * size.weights + batch * of_sample)
 
 
 def seconds(form: str, size: "Size", batch: int = 1) -> float:
     """Estimate the processor seconds of the same."""
     by = _FACTORS[form]
     of_calls = by.per_tflop * batch * size.flops / 1e12
-    return _IMPORTS_SECONDS + by.per_gb * size.weights / 1e9 + of_calls
+    return by.imports_seconds + by.per_gb * size.weights / 1e9 + of_calls
 
 
 def task(name: str, artifact: str, kind: tuple[str, str], size: "Size", batch: int) -> Task:
