@@ -50,7 +50,7 @@ def test_table_says_what_was_gained_and_lost(run, bundle, target):
     assert source == "onnx-float32"
     assert float(ratio) == pytest.approx(float(before) / float(after), abs=0.1)
     assert float(snr_db) > 30
-    assert (compressed, kept) == ("37", "0")
+    assert (compressed, kept) == ("40", "0")  # one convolution is four: it enlarges
     assert list(Bundle.open(target).artifacts) == ["torch-float32", "onnx-int8-weights"]
 
 
