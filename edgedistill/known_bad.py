@@ -165,7 +165,7 @@ def notes() -> list[str]:
     return [*untested, *_compilers()]
 
 
-def warn_known_bad(extras: Collection[str], command: str = "export") -> None:
+def warn_known_bad(extras: Collection[str], command: str) -> None:
     """Say on stderr which packages of these extras do not work together, before a command's work begins."""
     for sentence in known_bad(extras, command):
         sys.stderr.write(f"edgedistill: known to fail: {sentence}\n")

@@ -253,7 +253,7 @@ def _run(options: argparse.Namespace) -> int:
         max_memory=options.max_memory,
     )
     jobs([options.format], settings)  # refuses what cannot be written
-    warn_known_bad(options.extra.split(","))
+    warn_known_bad(options.extra.split(","), "export")
     # The heavy half of the work begins here; `--help` and a wrong command line end before it.
     from tqdm import tqdm
 

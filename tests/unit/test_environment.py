@@ -106,9 +106,9 @@ def test_each_bad_pair_is_known_and_its_good_neighbour_is_not(installed, bad, go
 
 def test_a_command_is_warned_of_the_pairs_that_it_uses(installed, capsys):
     installed(coremltools="9.0", numpy="2.4.0")
-    known_bad.warn_known_bad(["onnx", "train"])
+    known_bad.warn_known_bad(["onnx", "train"], "export")
     assert capsys.readouterr().err == ""
-    known_bad.warn_known_bad(["coreml", "train"])
+    known_bad.warn_known_bad(["coreml", "train"], "export")
     assert capsys.readouterr().err.startswith("edgedistill: known to fail: coremltools 9.0 with")
     known_bad.warn_known_bad(["coreml"], "quantize")
     assert "coremltools 9.0 with" in capsys.readouterr().err
